@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// A multithreaded process may neither enter nor create a user namespace
+// (setns(2), unshare(2): EINVAL), and a Go program is always multithreaded. A
+// child made by a bare clone has one thread, but no Go runtime either: it may
+// not grow its stack, allocate, or be scheduled. So the child is a loop that
+// makes the system calls its parent writes into a shared page, and all the
+// logic stays in ordinary Go on the parent's side.
+
+// maxCalls is the longest batch: entering the namespaces of a target, or
+// raising the ambient capabilities and executing a command.
+const maxCalls = 16
+
+// call is one system call for the child.
+type call struct {
+	number uintptr
+	args   [6]uintptr
+	// from is 1 + the index of the earlier call in the batch whose result
+	// replaces args[to]; 0 is none.
+	from, to uintptr
+	// store is the offset in the page at which the result is stored as 32
+	// bits; 0 is none.
+	store  uintptr
+	result uintptr
+	errno  uintptr
+}
+
+// page is what parent and child share. Only integers live in it: the child
+// has no garbage collector, and the parent's doesn't look here.
+type page struct {
+	calls  [maxCalls]call
+	count  uintptr
+	done   uintptr
+	parent uintptr
+	child  uintptr // the child's end of the socket pair
+
+	// answers are what the child sends: a byte, or a byte and the last
+	// result, if that is a file descriptor that the parent asked for.
+	answers [2]unix.Msghdr
+	send    uintptr // which of them, if the batch succeeds
+	byte    [8]byte
+	vector  unix.Iovec
+	rights  struct {
+		unix.Cmsghdr
+		fd int32
+		_  int32
+	}
+
+	// Arguments in memory. A call points into these.
+	name  [16]byte
+	path  [unix.PathMax]byte
+	empty [1]byte
+	how   unix.OpenHow
+	attr  tokenCreateAttr
+	statx unix.Statx_t
+	caps  [2]unix.CapUserData
+	capsH unix.CapUserHeader
+	limit unix.Rlimit
+	mask  uint64 // the signal mask that the parent's thread had
+}
+
+// child is a cloned process that executes batches of system calls. Its file
+// descriptor table is a copy: nothing that it opens can leak into the
+// parent's, however it dies.
+type child struct {
+	*page
+	pid    int
+	pidfd  int // -1 without new namespaces; otherwise the caller closes it
+	socket int // the parent's end
+}
+
+// childTimeout bounds one batch. Only a file system that the target controls
+// can make a call slow.
+const childTimeout = 5 * time.Second
+
+var errChildGone = errors.New("the helper process was killed")
+
+// newChild clones a child, in new user and mount namespaces if asked for. The
+// caller ends it with kill, from the same goroutine: the calling goroutine is
+// locked to its thread until then, because the child's parent-death signal
+// follows the thread.
+func newChild(namespaces bool) (_ *child, err error) {
+	memory, err := unix.Mmap(-1, 0, int(unsafe.Sizeof(page{})), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return nil, fmt.Errorf("cannot map shared memory: %w", err)
+	}
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		_ = unix.Munmap(memory)
+		return nil, fmt.Errorf("cannot make a socket pair: %w", err)
+	}
+
+	c := &child{page: (*page)(unsafe.Pointer(&memory[0])), pidfd: -1, socket: pair[0]}
+	c.parent = uintptr(os.Getpid())
+	c.page.child = uintptr(pair[1])
+	c.vector = unix.Iovec{Base: &c.byte[0]}
+	c.vector.SetLen(1)
+	for i := range c.answers {
+		c.answers[i].Iov = &c.vector
+		c.answers[i].SetIovlen(1)
+	}
+	c.answers[1].Control = (*byte)(unsafe.Pointer(&c.rights))
+	c.answers[1].SetControllen(unix.CmsgSpace(4))
+	c.rights.Level = unix.SOL_SOCKET
+	c.rights.Type = unix.SCM_RIGHTS
+	c.rights.SetLen(unix.CmsgLen(4))
+
+	runtime.LockOSThread()
+	pid, pidfd, errno := clone(namespaces, c.page)
+	_ = unix.Close(pair[1])
+	if errno != 0 {
+		c.pid = -1
+		c.free()
+		return nil, fmt.Errorf("cannot clone: %w", errno)
+	}
+	c.pid, c.pidfd = int(pid), int(pidfd)
+	return c, nil
+}
+
+// cloneArgs is struct clone_args of include/uapi/linux/sched.h, version 0
+// (Linux 5.3).
+type cloneArgs struct {
+	flags, pidfd, childTID, parentTID, exitSignal, stack, stackSize, tls uint64
+}
+
+// clone clones. In the parent it returns the child's pid, and its pidfd if it
+// got namespaces of its own; in the child it doesn't return. Signals stay
+// blocked in the child: a handler would need the runtime that it hasn't got.
+//
+// A child with namespaces will execute a command and take signals then, so its
+// handlers are reset, which only clone3(2) can do. The other one is the
+// broker's, and systemd's RestrictNamespaces= refuses clone3 altogether.
+//
+//go:norace
+//go:noinline
+func clone(namespaces bool, p *page) (pid uintptr, pidfd int32, errno unix.Errno) {
+	pidfd = -1
+	args := cloneArgs{
+		flags:      unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_PIDFD | unix.CLONE_CLEAR_SIGHAND,
+		pidfd:      uint64(uintptr(unsafe.Pointer(&pidfd))),
+		exitSignal: uint64(unix.SIGCHLD),
+	}
+	all := ^uint64(0)
+	unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&all)), uintptr(unsafe.Pointer(&p.mask)), unsafe.Sizeof(all), 0, 0)
+	if namespaces {
+		pid, errno = cloneRaw(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&args)), unsafe.Sizeof(args), p)
+	} else {
+		pid, errno = cloneRaw(unix.SYS_CLONE, 0, 0, p)
+	}
+	unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&p.mask)), 0, unsafe.Sizeof(all), 0, 0)
+	return pid, pidfd, errno
+}
+
+//go:norace
+//go:noinline
+//go:nosplit
+func cloneRaw(number, arg0, arg1 uintptr, p *page) (uintptr, unix.Errno) {
+	pid, _, errno := unix.RawSyscall(number, arg0, arg1, 0)
+	if errno == 0 && pid == 0 {
+		childLoop(p)
+	}
+	return pid, errno
+}
+
+// childLoop is all that the child ever runs: wait for a batch, make its calls
+// up to the first that fails, answer. It ends by SIGKILL, by execve(2), or by
+// itself when the parent has gone.
+//
+//go:norace
+//go:noinline
+//go:nosplit
+func childLoop(p *page) {
+	for {
+		n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, p.child, uintptr(unsafe.Pointer(&p.byte)), 1, 0, 0, 0)
+		if errno == unix.EINTR {
+			continue
+		}
+		parent, _, _ := unix.RawSyscall(unix.SYS_GETPPID, 0, 0, 0)
+		if n != 1 || parent != p.parent {
+			break
+		}
+		p.done = 0
+		for p.done < p.count {
+			c := &p.calls[p.done]
+			if c.from != 0 {
+				c.args[c.to] = p.calls[c.from-1].result
+			}
+			c.result, _, errno = unix.RawSyscall6(c.number, c.args[0], c.args[1], c.args[2], c.args[3], c.args[4], c.args[5])
+			c.errno = uintptr(errno)
+			if errno != 0 {
+				break
+			}
+			if c.store != 0 {
+				*(*uint32)(unsafe.Add(unsafe.Pointer(p), c.store)) = uint32(c.result)
+			}
+			p.rights.fd = int32(c.result)
+			p.done++
+		}
+		answer := &p.answers[0]
+		if p.send != 0 && p.done == p.count {
+			answer = &p.answers[1]
+		}
+		unix.RawSyscall(unix.SYS_SENDMSG, p.child, uintptr(unsafe.Pointer(answer)), unix.MSG_NOSIGNAL)
+	}
+	for {
+		unix.RawSyscall(unix.SYS_EXIT_GROUP, 1, 0, 0)
+	}
+}
+
+// do executes a batch and waits for it. send asks for the last call's result,
+// a file descriptor, which is then returned and the caller's to close;
+// otherwise -1 is. An error is the errno of the first call that failed, whose
+// index is returned as well.
+func (c *child) do(send bool, calls ...call) (fd int, failed int, err error) {
+	if err := c.post(send, calls...); err != nil {
+		return -1, 0, err
+	}
+	deadline := time.Now().Add(childTimeout)
+	poll := []unix.PollFd{{Fd: int32(c.socket), Events: unix.POLLIN}}
+	for {
+		n, err := unix.Poll(poll, int(time.Until(deadline).Milliseconds()))
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return -1, 0, fmt.Errorf("cannot poll: %w", err)
+		}
+		if n == 0 {
+			return -1, int(c.done), unix.ETIMEDOUT
+		}
+		break
+	}
+	var answer [1]byte
+	control := make([]byte, unix.CmsgSpace(4))
+	n, controlLen, _, _, err := unix.Recvmsg(c.socket, answer[:], control, unix.MSG_CMSG_CLOEXEC)
+	if err != nil {
+		return -1, 0, fmt.Errorf("cannot hear from the helper process: %w", err)
+	}
+	fd = -1
+	if controlLen > 0 {
+		messages, err := unix.ParseSocketControlMessage(control[:controlLen])
+		if err != nil {
+			return -1, 0, err
+		}
+		fds, err := unix.ParseUnixRights(&messages[0])
+		if err != nil {
+			return -1, 0, err
+		}
+		fd = fds[0]
+	}
+	if n == 0 {
+		return -1, int(c.done), errChildGone
+	}
+	if c.done < c.count {
+		return -1, int(c.done), unix.Errno(c.calls[c.done].errno)
+	}
+	return fd, len(calls), nil
+}
+
+// post hands a batch to the child without waiting for it.
+func (c *child) post(send bool, calls ...call) error {
+	if len(calls) > maxCalls {
+		return errors.New("cannot make so many system calls at once")
+	}
+	copy(c.calls[:], calls)
+	c.count = uintptr(len(calls))
+	c.send = 0
+	if send {
+		c.send = 1
+	}
+	if err := unix.Sendto(c.socket, []byte{0}, unix.MSG_NOSIGNAL, nil); err != nil {
+		return errChildGone
+	}
+	return nil
+}
+
+// kill ends the child, waits for it and frees what it shared with the parent.
+// A child that hangs in a file system of the target's can outlive SIGKILL (a
+// FUSE server that doesn't answer); the caller then waits, and with it the
+// request of the user whose file system it is.
+func (c *child) kill() {
+	_ = unix.Kill(c.pid, unix.SIGKILL)
+	for {
+		_, err := unix.Wait4(c.pid, nil, unix.WALL, nil)
+		if err != unix.EINTR {
+			break
+		}
+	}
+	c.free()
+}
+
+func (c *child) free() {
+	runtime.UnlockOSThread()
+	_ = unix.Close(c.socket)
+	_ = unix.Munmap(unsafe.Slice((*byte)(unsafe.Pointer(c.page)), unsafe.Sizeof(page{})))
+}

@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kernel
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+var (
+	// ErrNotPidFD means that a file descriptor is no pidfd.
+	ErrNotPidFD = errors.New("not a pidfd")
+	// ErrProcessGone means that the process of a pidfd has exited.
+	ErrProcessGone = errors.New("the process has exited")
+)
+
+// Process is a process held by its pidfd, which names it for good: pids come
+// round again, pidfds don't.
+type Process struct {
+	file *os.File
+	// PID is the process's id in the broker's pid namespace. It is for
+	// messages and for finding the process again, never for acting on it.
+	PID int
+	// Inode is the process's number in pidfs, unique until the next boot
+	// (Linux 6.9, fs/pidfs.c).
+	Inode uint64
+}
+
+// NewProcess takes a pidfd, whose ownership passes to it: also on error, when
+// it is closed. ErrNotPidFD and ErrProcessGone say what was wrong with it.
+func NewProcess(pidfd *os.File) (_ *Process, err error) {
+	defer func() {
+		if err != nil {
+			_ = pidfd.Close()
+		}
+	}()
+	fd := int(pidfd.Fd())
+	// The link is made up by the kernel. Asking the file itself, by fstat or
+	// ioctl, would ask a file system that a stranger may serve.
+	link, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
+	if err != nil {
+		return nil, fmt.Errorf("cannot look at the file descriptor: %w", err)
+	}
+	if link != "anon_inode:[pidfd]" && !strings.HasPrefix(link, "pidfd:[") {
+		return nil, ErrNotPidFD
+	}
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(fd, &fs); err != nil {
+		return nil, fmt.Errorf("cannot stat the pidfd: %w", err)
+	}
+	if fs.Type != unix.PID_FS_MAGIC {
+		return nil, fmt.Errorf("cannot tell processes apart: pidfs is %w", ErrNotSupported)
+	}
+	var stat unix.Stat_t
+	if err := unix.Fstat(fd, &stat); err != nil {
+		return nil, fmt.Errorf("cannot stat the pidfd: %w", err)
+	}
+	value, err := fdinfo(fd, "Pid:")
+	if err != nil {
+		return nil, err
+	}
+	pid, err := strconv.Atoi(value)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read a pid from %q: %w", value, err)
+	}
+	if pid <= 0 { // -1: exited; 0: in a pid namespace beside the broker's
+		return nil, ErrProcessGone
+	}
+	return &Process{file: pidfd, PID: pid, Inode: stat.Ino}, nil
+}
+
+// FindProcess opens a process again by what an earlier Process said of it.
+// ErrProcessGone means that it isn't there any more, also when its pid now
+// belongs to another. The caller closes the process.
+func FindProcess(pid int, inode uint64) (*Process, error) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err == unix.ESRCH || err == unix.EINVAL {
+		return nil, ErrProcessGone
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot open process %d: %w", pid, err)
+	}
+	p, err := NewProcess(os.NewFile(uintptr(fd), "pidfd"))
+	if err != nil {
+		return nil, err
+	}
+	if p.Inode != inode {
+		_ = p.Close()
+		return nil, ErrProcessGone
+	}
+	return p, nil
+}
+
+// Clone returns a second, independent hold on the process.
+func (p *Process) Clone() (*Process, error) {
+	fd, err := unix.FcntlInt(p.file.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, fmt.Errorf("cannot duplicate a pidfd: %w", err)
+	}
+	return &Process{file: os.NewFile(uintptr(fd), "pidfd"), PID: p.PID, Inode: p.Inode}, nil
+}
+
+// FD lends the pidfd. It stays the process's own.
+func (p *Process) FD() int { return int(p.file.Fd()) }
+
+// Close gives up the hold on the process.
+func (p *Process) Close() error { return p.file.Close() }
+
+// Alive says whether the process has not exited yet.
+func (p *Process) Alive() bool {
+	poll := []unix.PollFd{{Fd: int32(p.FD()), Events: unix.POLLIN}}
+	n, err := unix.Poll(poll, 0)
+	return err != nil || n == 0
+}
+
+// Cgroup returns the process's path in the unified hierarchy, "/" for its
+// root, or "" where there is none.
+func (p *Process) Cgroup() (string, error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", p.PID))
+	// The pid was this process's all the while if it still is now.
+	if !p.Alive() {
+		return "", ErrProcessGone
+	}
+	if err != nil {
+		return "", fmt.Errorf("cannot read the cgroup of process %d: %w", p.PID, err)
+	}
+	for line := range strings.Lines(string(data)) {
+		if path, ok := strings.CutPrefix(line, "0::"); ok {
+			return strings.TrimSuffix(path, "\n"), nil
+		}
+	}
+	return "", nil
+}
+
+// Namespaces is a process's user and mount namespace, held by file
+// descriptors, so that what was checked is what is entered.
+type Namespaces struct {
+	user, mount int
+}
+
+// Namespaces takes hold of the process's namespaces (Linux 6.11,
+// PIDFD_GET_USER_NAMESPACE in ioctl_pidfd(2)). It needs CAP_SYS_PTRACE. The
+// caller closes them.
+func (p *Process) Namespaces() (*Namespaces, error) {
+	n := &Namespaces{user: -1, mount: -1}
+	var err error
+	if n.user, err = p.namespace(pidfdGetUserNamespace); err != nil {
+		return nil, err
+	}
+	if n.mount, err = p.namespace(pidfdGetMountNamespace); err != nil {
+		n.Close()
+		return nil, err
+	}
+	return n, nil
+}
+
+// The requests of include/uapi/linux/pidfd.h: _IO(0xFF, n), with the
+// direction bits that the architecture gives to _IO.
+const (
+	pidfdGetMountNamespace = unix.NS_GET_USERNS&^0xffff | 0xff03
+	pidfdGetUserNamespace  = unix.NS_GET_USERNS&^0xffff | 0xff09
+)
+
+func (p *Process) namespace(request uint) (int, error) {
+	fd, err := unix.IoctlRetInt(p.FD(), request)
+	switch err {
+	case nil:
+		return fd, nil
+	case unix.ESRCH:
+		return -1, ErrProcessGone
+	case unix.ENOTTY, unix.EINVAL:
+		return -1, fmt.Errorf("cannot get a namespace from a pidfd: %w", ErrNotSupported)
+	}
+	return -1, fmt.Errorf("cannot get the namespaces of process %d: %w", p.PID, err)
+}
+
+// Close gives the namespaces up.
+func (n *Namespaces) Close() {
+	for _, fd := range []int{n.user, n.mount} {
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
+	}
+}
+
+// Same says whether both are the same pair of namespaces.
+func (n *Namespaces) Same(o *Namespaces) (bool, error) {
+	user, err := sameFile(n.user, o.user)
+	if err != nil || !user {
+		return false, err
+	}
+	return sameFile(n.mount, o.mount)
+}
+
+// Relation is what the kernel says of a user namespace as seen from the
+// broker's, and of the mount namespace that goes with it.
+type Relation struct {
+	// Owner is the uid that made the user namespace.
+	Owner uint32
+	// Initial: it is the broker's own user namespace.
+	Initial bool
+	// Child: its parent is the broker's own user namespace.
+	Child bool
+	// OwnsMount: the mount namespace belongs to it.
+	OwnsMount bool
+	// Inode is the user namespace's number in nsfs.
+	Inode uint64
+}
+
+// Relation asks the kernel (ioctl_nsfs(2)).
+func (n *Namespaces) Relation() (Relation, error) {
+	var r Relation
+	own, err := ownUserNamespace()
+	if err != nil {
+		return r, err
+	}
+	id, err := identify(n.user)
+	if err != nil {
+		return r, err
+	}
+	r.Inode = id.inode
+	if id == own {
+		r.Initial = true
+		return r, nil
+	}
+	owner, err := unix.IoctlGetUint32(n.user, unix.NS_GET_OWNER_UID)
+	if err != nil {
+		return r, fmt.Errorf("cannot get a user namespace's owner: %w", err)
+	}
+	r.Owner = owner
+	if r.Child, err = relative(n.user, unix.NS_GET_PARENT, own); err != nil {
+		return r, fmt.Errorf("cannot get a user namespace's parent: %w", err)
+	}
+	if r.OwnsMount, err = relative(n.mount, unix.NS_GET_USERNS, id); err != nil {
+		return r, fmt.Errorf("cannot get a mount namespace's owner: %w", err)
+	}
+	return r, nil
+}
+
+// relative says whether the namespace that request leads to is the wanted
+// one. EPERM means that it lies beyond the broker's own: not that one.
+func relative(fd int, request uint, want identity) (bool, error) {
+	relative, err := unix.IoctlRetInt(fd, request)
+	if err == unix.EPERM {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer unix.Close(relative)
+	got, err := identify(relative)
+	return got == want, err
+}
+
+// identity names a file for as long as it is open somewhere.
+type identity struct{ device, inode uint64 }
+
+func identify(fd int) (identity, error) {
+	var stat unix.Stat_t
+	if err := unix.Fstat(fd, &stat); err != nil {
+		return identity{}, fmt.Errorf("cannot stat a namespace: %w", err)
+	}
+	return identity{uint64(stat.Dev), stat.Ino}, nil
+}
+
+func sameFile(a, b int) (bool, error) {
+	x, err := identify(a)
+	if err != nil {
+		return false, err
+	}
+	y, err := identify(b)
+	return x == y, err
+}
+
+var ownUserNamespace = sync.OnceValues(func() (identity, error) {
+	file, err := os.Open("/proc/self/ns/user")
+	if err != nil {
+		return identity{}, err
+	}
+	defer file.Close()
+	return identify(int(file.Fd()))
+})
+
+// initialUserNamespace is PROC_USER_INIT_INO of include/linux/proc_ns.h.
+const initialUserNamespace = 0xEFFFFFFD
+
+// InInitialUserNamespace says whether the calling process is in the initial
+// user namespace, the only one from which rights can be delegated.
+func InInitialUserNamespace() (bool, error) {
+	own, err := ownUserNamespace()
+	return own.inode == initialUserNamespace, err
+}
+
+// fdinfo returns the value of one field of /proc/self/fdinfo (proc(5)).
+func fdinfo(fd int, field string) (string, error) {
+	data, err := os.ReadFile("/proc/self/fdinfo/" + strconv.Itoa(fd))
+	if err != nil {
+		return "", err
+	}
+	for line := range bytes.Lines(data) {
+		if value, ok := bytes.CutPrefix(line, []byte(field)); ok {
+			return string(bytes.TrimSpace(value)), nil
+		}
+	}
+	return "", fmt.Errorf("cannot find %q in fdinfo", field)
+}

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kernel
+
+import (
+	"fmt"
+	"os"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/rlimit"
+)
+
+// Suspended is a process in a new user and mount namespace, both its caller's
+// own, that waits to execute a command.
+type Suspended struct {
+	c          *child
+	path       *byte
+	argv, envp []*byte
+	// PidFD is the process's pidfd; it belongs to the Suspended.
+	PidFD *os.File
+}
+
+// Suspend clones a process that will execute path with the arguments and the
+// environment. Its only uid is the caller's own, or root's if root is set,
+// and likewise its gid. The goroutine stays locked to its thread until Exec
+// succeeds or Kill is called, from the same goroutine.
+func Suspend(path string, argv, env []string, root bool) (_ *Suspended, err error) {
+	s := &Suspended{}
+	if s.path, err = unix.BytePtrFromString(path); err != nil {
+		return nil, fmt.Errorf("cannot execute %q: %w", path, err)
+	}
+	if s.argv, err = syscall.SlicePtrFromStrings(argv); err != nil {
+		return nil, fmt.Errorf("cannot pass the arguments: %w", err)
+	}
+	if s.envp, err = syscall.SlicePtrFromStrings(env); err != nil {
+		return nil, fmt.Errorf("cannot pass the environment: %w", err)
+	}
+	if s.c, err = newChild(true); err != nil {
+		return nil, fmt.Errorf("cannot make a user namespace: %w", err)
+	}
+	s.PidFD = os.NewFile(uintptr(s.c.pidfd), "pidfd")
+	defer func() {
+		if err != nil {
+			s.Kill()
+		}
+	}()
+	if _, _, err := s.c.do(false, deathSignal(unix.SIGKILL)); err != nil {
+		return nil, fmt.Errorf("cannot start a process: %w", err)
+	}
+	return s, s.mapIDs(root)
+}
+
+func deathSignal(signal syscall.Signal) call {
+	return call{number: unix.SYS_PRCTL, args: [6]uintptr{unix.PR_SET_PDEATHSIG, uintptr(signal)}}
+}
+
+// mapIDs maps one uid and one gid, which needs no privilege once setgroups(2)
+// is given up (user_namespaces(7)).
+func (s *Suspended) mapIDs(root bool) error {
+	uid, gid := os.Geteuid(), os.Getegid()
+	insideUID, insideGID := uid, gid
+	if root {
+		insideUID, insideGID = 0, 0
+	}
+	for _, file := range []struct{ name, data string }{
+		{"uid_map", fmt.Sprintf("%d %d 1\n", insideUID, uid)},
+		{"setgroups", "deny\n"},
+		{"gid_map", fmt.Sprintf("%d %d 1\n", insideGID, gid)},
+	} {
+		if err := os.WriteFile(fmt.Sprintf("/proc/%d/%s", s.c.pid, file.name), []byte(file.data), 0); err != nil {
+			return fmt.Errorf("cannot map ids into the user namespace: %w", err)
+		}
+	}
+	return nil
+}
+
+// Exec gives the process the capabilities as ambient ones, and its caller's
+// signal mask and limits, and executes the command. An error is execve(2)'s,
+// and then nothing of the command has run.
+func (s *Suspended) Exec(capabilities []int) error {
+	c := s.c
+	c.capsH = unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	for i := range c.caps {
+		c.caps[i] = unix.CapUserData{Effective: ^uint32(0), Permitted: ^uint32(0)}
+	}
+	c.limit = unix.Rlimit(rlimit.NoFile)
+	batch := []call{
+		{number: unix.SYS_PRLIMIT64, args: [6]uintptr{0, unix.RLIMIT_NOFILE, uintptr(unsafe.Pointer(&c.limit))}},
+		{number: unix.SYS_CAPSET, args: [6]uintptr{uintptr(unsafe.Pointer(&c.capsH)), uintptr(unsafe.Pointer(&c.caps))}},
+	}
+	for _, capability := range capabilities {
+		c.caps[capability/32].Inheritable |= 1 << (capability % 32)
+		batch = append(batch, call{number: unix.SYS_PRCTL,
+			args: [6]uintptr{unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, uintptr(capability)}})
+	}
+	batch = append(batch,
+		deathSignal(0),
+		call{number: unix.SYS_RT_SIGPROCMASK, args: [6]uintptr{unix.SIG_SETMASK, uintptr(unsafe.Pointer(&c.mask)), 0, 8}},
+		call{number: unix.SYS_EXECVE, args: [6]uintptr{uintptr(unsafe.Pointer(s.path)),
+			uintptr(unsafe.Pointer(&s.argv[0])), uintptr(unsafe.Pointer(&s.envp[0]))}},
+	)
+	_, failed, err := c.do(false, batch...)
+	// A successful execve closes the child's end of the socket pair and has
+	// no result to send.
+	if err == errChildGone {
+		c.free()
+		return nil
+	}
+	if err == nil || failed != len(batch)-1 {
+		return fmt.Errorf("cannot prepare the process: %w", err)
+	}
+	return err
+}
+
+// Signal sends a signal to the process.
+func (s *Suspended) Signal(signal syscall.Signal) error {
+	return unix.PidfdSendSignal(int(s.PidFD.Fd()), signal, nil, 0)
+}
+
+// Wait waits for an executed command to end and gives the process up.
+func (s *Suspended) Wait() (syscall.WaitStatus, error) {
+	defer s.PidFD.Close()
+	var status unix.WaitStatus
+	for {
+		_, err := unix.Wait4(s.c.pid, &status, 0, nil)
+		if err != unix.EINTR {
+			return syscall.WaitStatus(status), err
+		}
+	}
+}
+
+// Kill ends a process whose Exec did not succeed, and gives it up.
+func (s *Suspended) Kill() {
+	s.c.kill()
+	_ = s.PidFD.Close()
+}
