@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package authority asks polkit whether a peer may have what it wants.
+package authority
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"sync/atomic"
+
+	"github.com/godbus/dbus/v5"
+)
+
+// What Check returns, wrapped, when the answer isn't yes.
+var (
+	// ErrDenied is a no that no authentication would change.
+	ErrDenied = errors.New("polkit denies it")
+	// ErrChallenge says that somebody could authenticate for it, but that
+	// interaction wasn't allowed or no authentication agent is there.
+	ErrChallenge = errors.New("polkit wants authentication")
+	// ErrDismissed says that the dialog was closed without authentication.
+	ErrDismissed = errors.New("authentication was dismissed")
+	// ErrUnavailable says that polkit, or the bus to it, isn't there or refuses to
+	// decide. polkit before 124 does that, as it knows no pidfds.
+	ErrUnavailable = errors.New("polkit is not available")
+)
+
+// dbus-daemon lets a connection wait for 128 replies, queues 64 fds for polkit,
+// and refuses further calls (max_replies_per_connection, max_outgoing_unix_fds).
+// So the checks under way are bounded, in two lots: no number of dialogs that
+// nobody answers holds up a check that needs none.
+const (
+	maxAnswers = 32
+	maxPrompts = 64
+)
+
+const (
+	polkitName      = "org.freedesktop.PolicyKit1"
+	polkitPath      = "/org/freedesktop/PolicyKit1/Authority"
+	polkitInterface = "org.freedesktop.PolicyKit1.Authority"
+
+	// allowUserInteraction is CheckAuthorization's flag.
+	allowUserInteraction = 1
+)
+
+// A Subject is the peer that polkit decides about.
+type Subject struct {
+	// PidFD is a pidfd of the peer. It stays the caller's.
+	PidFD int
+	// UID is the peer's uid.
+	UID uint32
+}
+
+// A Polkit asks polkit over the system bus. It connects when first needed and
+// again after the bus went away. Its methods may be called concurrently.
+type Polkit struct {
+	address string // of the bus, for tests; "" is the system bus
+
+	answers, prompts chan struct{} // one element for each check under way
+	checks           atomic.Uint64 // source of cancellation ids
+
+	lock   chan struct{} // of what follows; a channel, to wait with a context
+	conn   *conn
+	closed bool
+}
+
+// New returns a Polkit for the system bus: the one that
+// DBUS_SYSTEM_BUS_ADDRESS names, or the one at its usual place. The caller
+// closes it.
+func New() *Polkit {
+	return &Polkit{
+		answers: make(chan struct{}, maxAnswers),
+		prompts: make(chan struct{}, maxPrompts),
+		lock:    make(chan struct{}, 1),
+	}
+}
+
+// Close ends the connection. Checks under way, and later ones, fail with
+// ErrUnavailable.
+func (p *Polkit) Close() {
+	p.lock <- struct{}{}
+	defer func() { <-p.lock }()
+	p.closed = true
+	if p.conn != nil {
+		p.conn.close()
+	}
+}
+
+// Check returns nil when polkit lets subject do action. Otherwise it returns
+// ErrDenied, ErrChallenge, ErrDismissed, ErrUnavailable or ctx's error, each
+// wrapped, or another error when details aren't fit to be passed. With
+// interactive, somebody may be asked for a password, so that the answer can take
+// minutes; the dialog goes away when ctx ends. Root is authorized unasked, and
+// so is the only one that passes where polkit is absent.
+func (p *Polkit) Check(ctx context.Context, subject Subject, action Action, details map[string]string, interactive bool) error {
+	if subject.UID == 0 {
+		return nil
+	}
+	if err := checkDetails(details); err != nil {
+		return err
+	}
+	err := p.ask(ctx, p.answers, subject, action, details, 0)
+	if interactive && errors.Is(err, ErrChallenge) {
+		err = p.ask(ctx, p.prompts, subject, action, details, allowUserInteraction)
+	}
+	return err
+}
+
+func (p *Polkit) ask(ctx context.Context, slots chan struct{}, subject Subject, action Action, details map[string]string, flags uint32) error {
+	select {
+	case slots <- struct{}{}:
+	case <-ctx.Done():
+		return waitError(ctx)
+	}
+	free := func() { <-slots }
+
+	id := strconv.FormatUint(p.checks.Add(1), 10)
+	// A connection may turn out to be dead only when it is used, and asking twice
+	// does no harm.
+	for again := true; ; again = false {
+		c, err := p.connect(ctx)
+		if err != nil {
+			free()
+			return err
+		}
+		replies, err := c.call(checkCall(subject, action, details, flags, id))
+		if err != nil {
+			free()
+			return fmt.Errorf("cannot send the peer's pidfd to polkit: %w", err)
+		}
+		select {
+		case reply, ok := <-replies:
+			if !ok && again {
+				continue
+			}
+			free()
+			if !ok {
+				return fmt.Errorf("%w: %v", ErrUnavailable, errDisconnected)
+			}
+			return verdict(reply)
+		case <-ctx.Done():
+			// The bus goes on counting the call until its reply, so the slot isn't
+			// free before.
+			go func() {
+				defer free()
+				c.send(methodCall(polkitName, polkitPath, polkitInterface, "CancelCheckAuthorization", id))
+				<-replies
+			}()
+			return waitError(ctx)
+		}
+	}
+}
+
+func waitError(ctx context.Context) error {
+	return fmt.Errorf("cannot wait for polkit: %w", ctx.Err())
+}
+
+// connect returns the connection, made anew if there is none that lives.
+func (p *Polkit) connect(ctx context.Context) (*conn, error) {
+	select {
+	case p.lock <- struct{}{}:
+		defer func() { <-p.lock }()
+	case <-ctx.Done():
+		return nil, waitError(ctx)
+	}
+	if p.closed {
+		return nil, fmt.Errorf("%w: closed", ErrUnavailable)
+	}
+	if p.conn != nil && p.conn.alive() {
+		return p.conn, nil
+	}
+	c, err := dial(ctx, p.busAddress())
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, waitError(ctx)
+		}
+		// Not wrapped: a timeout of ours isn't the caller's.
+		return nil, fmt.Errorf("%w: %v", ErrUnavailable, err)
+	}
+	p.conn = c
+	return c, nil
+}
+
+func (p *Polkit) busAddress() string {
+	if p.address != "" {
+		return p.address
+	}
+	if address := os.Getenv("DBUS_SYSTEM_BUS_ADDRESS"); address != "" {
+		return address
+	}
+	return defaultAddress
+}
+
+// checkCall makes the call of CheckAuthorization. The keys of a unix-process
+// subject are those of polkit_subject_new_for_gvariant_invocation: with pidfd and
+// uid it looks at no other.
+func checkCall(subject Subject, action Action, details map[string]string, flags uint32, cancellationID string) *dbus.Message {
+	type polkitSubject struct {
+		Kind    string
+		Details map[string]dbus.Variant
+	}
+	call := methodCall(polkitName, polkitPath, polkitInterface, "CheckAuthorization",
+		polkitSubject{"unix-process", map[string]dbus.Variant{
+			"pidfd": dbus.MakeVariant(dbus.UnixFD(subject.PidFD)),
+			"uid":   dbus.MakeVariant(int32(subject.UID)),
+		}},
+		string(action), details, flags, cancellationID)
+	call.Headers[dbus.FieldUnixFDs] = dbus.MakeVariant(uint32(1))
+	return call
+}
+
+// verdict turns polkit's reply into what Check returns.
+func verdict(reply *dbus.Message) error {
+	if reply.Type == dbus.TypeError {
+		return fmt.Errorf("%w: %v", ErrUnavailable, replyError(reply))
+	}
+	var result struct {
+		Authorized, Challenge bool
+		Details               map[string]string
+	}
+	if err := dbus.Store(reply.Body, &result); err != nil {
+		return fmt.Errorf("%w: cannot read its answer: %v", ErrUnavailable, err)
+	}
+	switch {
+	case result.Authorized:
+		return nil
+	case result.Challenge:
+		return fmt.Errorf("%w (%.64q)", ErrChallenge, result.Details["polkit.result"])
+	case result.Details["polkit.dismissed"] != "":
+		return ErrDismissed
+	default:
+		return ErrDenied
+	}
+}
