@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package journal
+
+import (
+	"context"
+	"log/slog"
+)
+
+// An Event is something that matters to security. Each has its own MESSAGE_ID and
+// an entry in packaging/journal/bpfbroker.catalog.
+type Event struct {
+	id      string
+	level   slog.Level
+	message string
+}
+
+// The keys of the attributes that the catalog shows. Which of them goes with an
+// event stands there: every record of the event has them.
+const (
+	KeyGrant   = "grant"   // the grant's id
+	KeyProfile = "profile" // the profile's name
+	KeyTier    = "tier"    // the tier as it is enforced
+	KeyOwner   = "owner"   // the uid of the peer that has, or wants, a grant
+	KeyProcess = "process" // the pid of that peer, for reading only
+	KeyUnit    = "unit"    // the unit of that peer, or empty
+	KeyTarget  = "target"  // the uid that owns the target
+	KeyLayer   = "layer"   // what refused: request, profile, target, polkit, kernel, guard, limit
+	KeyReason  = "reason"  // why, as the peer was told
+	KeyBy      = "by"      // the uid that revoked
+	KeyLimit   = "limit"   // the limit's name
+	// KeyNotEnforced is what of the profile isn't held for want of the guard, or empty.
+	KeyNotEnforced = "not_enforced"
+)
+
+// The events.
+var (
+	GrantMade         = Event{"6a2746b8426c40ad84aa22ae58c4d647", slog.LevelInfo, "Grant made"}
+	GrantExpired      = Event{"0cb8180dc05f4d8f8b26b130fd98c31c", slog.LevelInfo, "Grant ended: its lease expired"}
+	GrantRevoked      = Event{"ff336156ee674fca9617fa85942fadb4", slog.LevelInfo, "Grant ended: it was revoked"}
+	GrantProcessEnded = Event{"ef1a2001282246b7a9173eec22681e37", slog.LevelInfo, "Grant ended with its process"}
+	GrantUndone       = Event{"97d2c3c0bb2749b59b01741a70a063b8", slog.LevelWarn, "Grant undone: it never reached its peer"}
+	RequestRefused    = Event{"7a7aea26eed040f2a24bebf37e302058", slog.LevelWarn, "Request refused"}
+	LimitExceeded     = Event{"febcc7f531b6450288d7e955e514fb54", slog.LevelWarn, "Limit exceeded"}
+)
+
+// Log records the event with slog's default logger.
+func (e Event) Log(ctx context.Context, attrs ...slog.Attr) {
+	slog.LogAttrs(ctx, e.level, e.message, append([]slog.Attr{slog.String(messageID, e.id)}, attrs...)...)
+}
