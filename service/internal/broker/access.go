@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package broker
+
+import (
+	"github.com/bpfbroker/bpfbroker/service/internal/authority"
+	"github.com/bpfbroker/bpfbroker/service/internal/profile"
+)
+
+// Access says who may call a method.
+type Access struct {
+	// Actions are the polkit actions, one of which is asked; none for a method
+	// that anybody may call for what is their own.
+	Actions []authority.Action
+	// Details are the keys of what polkit is told.
+	Details []string
+	// Files is how many file descriptors may come in, on the socket alone.
+	Files int
+}
+
+// Methods is the access table. A front serves a method only if it is here.
+var Methods = map[string]Access{
+	"ListProfiles":    {},
+	"DescribeProfile": {},
+	"ListGrants":      {},
+	"RevokeGrant":     {},
+	"Check":           {},
+	"AcquireToken":    {Actions: tokenActions, Details: tokenDetails},
+	"MountToken":      {Actions: tokenActions, Details: tokenDetails, Files: 1},
+}
+
+var tokenActions = []authority.Action{
+	authority.TokenBasic, authority.TokenBasicOthers,
+	authority.TokenNetwork, authority.TokenNetworkOthers,
+	authority.TokenTracing, authority.TokenTracingOthers,
+	authority.TokenUnlimited, authority.TokenUnlimitedOthers,
+}
+
+var tokenDetails = []string{
+	authority.DetailProfile, authority.DetailTier, authority.DetailGuard, authority.DetailPrograms,
+	authority.DetailPeerUnit, authority.DetailPeerUserUnit,
+	authority.DetailTargetUID, authority.DetailTargetUnit, authority.DetailTargetUserUnit,
+}
+
+// tokenAction is the action for a token of a tier, in the peer's own namespace
+// or somebody else's.
+func tokenAction(tier profile.Tier, others bool) authority.Action {
+	i := 2 * int(tier)
+	if others {
+		i++
+	}
+	return tokenActions[i]
+}

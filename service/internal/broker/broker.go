@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package broker holds the use cases. Each goes the same way, in this order:
+// peer, profile, target, authority, all of it again, kernel, ledger, answer;
+// and where a step fails, what the steps before it did is undone.
+package broker
+
+import (
+	"context"
+	"log/slog"
+	"sync/atomic"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/authority"
+	"github.com/bpfbroker/bpfbroker/service/internal/delegate"
+	"github.com/bpfbroker/bpfbroker/service/internal/grant"
+	"github.com/bpfbroker/bpfbroker/service/internal/journal"
+	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
+	"github.com/bpfbroker/bpfbroker/service/internal/peer"
+	"github.com/bpfbroker/bpfbroker/service/internal/profile"
+)
+
+// Authority decides. *authority.Polkit is the only one outside of tests.
+type Authority interface {
+	Check(ctx context.Context, subject authority.Subject, action authority.Action, details map[string]string, interactive bool) error
+}
+
+// Broker is the core that every front calls.
+type Broker struct {
+	authority Authority
+	ledger    *grant.Ledger
+	refusals  refusalLog
+	profiles  atomic.Pointer[profile.Set]
+}
+
+// New opens the ledger in dir and returns a broker that offers the profiles.
+// The caller closes it.
+func New(a Authority, profiles *profile.Set, dir string) (*Broker, error) {
+	b := &Broker{authority: a}
+	b.SetProfiles(profiles)
+	var err error
+	b.ledger, err = grant.Open(dir, undo, b.ended)
+	return b, err
+}
+
+// SetProfiles offers other profiles from now on, and logs what is wrong with
+// them.
+func (b *Broker) SetProfiles(profiles *profile.Set) {
+	for _, err := range profiles.Errors() {
+		slog.Warn("cannot offer a profile", "error", err)
+	}
+	b.profiles.Store(profiles)
+}
+
+// Grants returns the number of grants there are. While there are any, the
+// broker has leases to end and processes to watch.
+func (b *Broker) Grants() int { return b.ledger.Len() }
+
+// Close stops the broker. The grants stay.
+func (b *Broker) Close() { b.ledger.Close() }
+
+// Caller is who makes a request, and how.
+type Caller struct {
+	*peer.Peer
+	// Interactive says that the user may be asked for a password.
+	Interactive bool
+}
+
+// unitName is the caller's unit for the journal, "" if it has none or has gone.
+func (c Caller) unitName() string {
+	unit, _ := peer.UnitOf(c.Process)
+	return unit.Name()
+}
+
+// undo unmounts what was mounted in a target.
+func undo(g grant.Grant, process *kernel.Process) error {
+	if g.Path == "" {
+		return nil
+	}
+	return delegate.Unmount(process, g.Mount, g.Path)
+}
+
+// ended writes into the journal that a grant is over.
+func (b *Broker) ended(g grant.Grant, reason grant.Reason, err error) {
+	attrs := grantAttrs(g)
+	if reason == grant.Revoked {
+		// Only one's own grants can be revoked.
+		attrs = append(attrs, slog.Uint64(journal.KeyBy, uint64(g.Owner)))
+	}
+	if err != nil {
+		attrs = append(attrs, slog.String(journal.KeyReason, err.Error()))
+	}
+	endings[reason].Log(context.Background(), attrs...)
+}
+
+var endings = map[grant.Reason]journal.Event{
+	grant.Expired: journal.GrantExpired,
+	grant.Revoked: journal.GrantRevoked,
+	grant.Exited:  journal.GrantProcessEnded,
+	grant.Undone:  journal.GrantUndone,
+}
+
+func grantAttrs(g grant.Grant) []slog.Attr {
+	return []slog.Attr{
+		slog.String(journal.KeyGrant, g.ID.String()),
+		slog.String(journal.KeyProfile, g.Profile),
+		slog.String(journal.KeyTier, g.Tier),
+		slog.Uint64(journal.KeyOwner, uint64(g.Owner)),
+		slog.Uint64(journal.KeyTarget, uint64(g.Target)),
+		slog.Int(journal.KeyProcess, g.PID),
+		slog.String(journal.KeyUnit, g.Unit),
+	}
+}

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package broker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/authority"
+	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
+)
+
+// Finding says whether something works here for the caller.
+type Finding struct {
+	Subject string
+	// State is yes, no, or ask (somebody has to authenticate).
+	State string
+	// Reason is what was found, Remedy what would change it.
+	Reason, Remedy string
+}
+
+// Check looks at the kernel, the guard, and each profile for the caller,
+// without asking anybody for a password.
+func (b *Broker) Check(ctx context.Context, c Caller) []Finding {
+	findings := []Finding{
+		verdict("BPF tokens", kernel.ProbeTokens(), "this kernel has them"),
+		{Subject: "guard", State: "no", Reason: "this version has no guard", Remedy: "the administrator can accept single profiles without it (Guard=optional)"},
+	}
+	for _, o := range b.ListProfiles() {
+		findings = append(findings, b.checkProfile(ctx, c, o))
+	}
+	for _, err := range b.profiles.Load().Errors() {
+		findings = append(findings, verdict("profile files", err, ""))
+	}
+	return findings
+}
+
+func (b *Broker) checkProfile(ctx context.Context, c Caller, o Offer) Finding {
+	subject := "profile " + o.Name
+	if o.Refusal != nil {
+		return verdict(subject, o.Refusal, "")
+	}
+	// As for a target of the caller's own that is in no unit.
+	err := b.authority.Check(ctx, authority.Subject{PidFD: c.Process.FD(), UID: c.UID}, tokenAction(o.Tier, false), map[string]string{
+		authority.DetailProfile:   o.Name,
+		authority.DetailTier:      o.Tier.String(),
+		authority.DetailGuard:     guardDetail(o.Profile),
+		authority.DetailTargetUID: strconv.FormatUint(uint64(c.UID), 10),
+	}, false)
+	if errors.Is(err, authority.ErrChallenge) {
+		return Finding{Subject: subject, State: "ask", Reason: fmt.Sprintf("tier %s, after authentication", o.Tier), Remedy: "the administrator can allow it by a polkit rule"}
+	}
+	return verdict(subject, err, fmt.Sprintf("tier %s", o.Tier))
+}
+
+func verdict(subject string, err error, good string) Finding {
+	if err == nil {
+		return Finding{Subject: subject, State: "yes", Reason: good}
+	}
+	e := Refuse(err)
+	return Finding{Subject: subject, State: "no", Reason: e.Reason, Remedy: e.Remedy}
+}
