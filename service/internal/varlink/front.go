@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package varlink
+
+import (
+	"context"
+	_ "embed"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/broker"
+	"github.com/bpfbroker/bpfbroker/service/internal/grant"
+	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
+	"github.com/bpfbroker/bpfbroker/service/internal/peer"
+	"github.com/bpfbroker/bpfbroker/service/internal/profile"
+)
+
+//go:embed org.bpfbroker.Broker.varlink
+var brokerDescription string
+
+// NewFront returns the server of org.bpfbroker.Broker. Each method has its row
+// in the broker's access table; one without, or a row without a method, is an
+// error.
+func NewFront(b *broker.Broker, version string) (*Server[*peer.Peer], error) {
+	methods := map[string]Method[*peer.Peer]{}
+	for name, handle := range handlers(b) {
+		access, ok := broker.Methods[name]
+		if !ok {
+			return nil, fmt.Errorf("cannot serve %s: it is not in the access table", name)
+		}
+		methods[brokerInterface+"."+name] = Method[*peer.Peer]{MaxFiles: access.Files, Handle: handle}
+	}
+	if len(methods) != len(broker.Methods) {
+		return nil, errors.New("cannot serve the access table: not every method of it is there")
+	}
+	return New(Config[*peer.Peer]{
+		Vendor:     "bpfbroker",
+		Product:    "bpfbroker",
+		Version:    version,
+		URL:        "https://github.com/bpfbroker/bpfbroker",
+		Interfaces: map[string]string{brokerInterface: brokerDescription},
+		Methods:    methods,
+		Identify: func(conn *net.UnixConn) (*peer.Peer, error) {
+			p, err := peer.FromConn(conn)
+			return p, refusal(err)
+		},
+	})
+}
+
+type handler = func(context.Context, *peer.Peer, *Call) (*Reply, error)
+
+func handlers(b *broker.Broker) map[string]handler {
+	return map[string]handler{
+		"ListProfiles": func(_ context.Context, _ *peer.Peer, call *Call) (*Reply, error) {
+			if err := call.Decode(&struct{}{}); err != nil {
+				return nil, err
+			}
+			profiles := []profileSummary{}
+			for _, o := range b.ListProfiles() {
+				profiles = append(profiles, summarize(o))
+			}
+			return &Reply{Parameters: map[string]any{"profiles": profiles}}, nil
+		},
+
+		"DescribeProfile": func(_ context.Context, _ *peer.Peer, call *Call) (*Reply, error) {
+			var in struct {
+				Profile string `json:"profile"`
+			}
+			if err := call.Decode(&in); err != nil {
+				return nil, err
+			}
+			o, err := b.DescribeProfile(in.Profile)
+			if err != nil {
+				return nil, refusal(err)
+			}
+			return &Reply{Parameters: map[string]any{"profile": describe(o)}}, nil
+		},
+
+		"AcquireToken": func(ctx context.Context, p *peer.Peer, call *Call) (*Reply, error) {
+			var in struct {
+				Profile string `json:"profile"`
+			}
+			if err := call.Decode(&in); err != nil {
+				return nil, err
+			}
+			g, mount, err := b.AcquireToken(ctx, broker.Caller{Peer: p, Interactive: call.Interactive}, in.Profile)
+			if err != nil {
+				return nil, refusal(err)
+			}
+			return &Reply{
+				Parameters: map[string]any{"grant": liveGrant(g), "mountFileDescriptor": 0},
+				Files:      []*os.File{mount},
+				Undo:       func() { b.Withdraw(g.ID) },
+			}, nil
+		},
+
+		"MountToken": func(ctx context.Context, p *peer.Peer, call *Call) (*Reply, error) {
+			var in struct {
+				Profile string `json:"profile"`
+				Process int    `json:"processFileDescriptor"`
+				Path    string `json:"path"`
+			}
+			if err := call.Decode(&in); err != nil {
+				return nil, err
+			}
+			file, err := call.File(in.Process)
+			if err != nil {
+				return nil, err
+			}
+			process, err := kernel.NewProcess(file)
+			if err != nil {
+				return nil, refusal(fmt.Errorf("cannot take the process: %w", err))
+			}
+			defer process.Close()
+			g, err := b.MountToken(ctx, broker.Caller{Peer: p, Interactive: call.Interactive}, in.Profile, process, in.Path)
+			if err != nil {
+				return nil, refusal(err)
+			}
+			return &Reply{
+				Parameters: map[string]any{"grant": liveGrant(g)},
+				Undo:       func() { b.Withdraw(g.ID) },
+			}, nil
+		},
+
+		"ListGrants": func(_ context.Context, p *peer.Peer, call *Call) (*Reply, error) {
+			if err := call.Decode(&struct{}{}); err != nil {
+				return nil, err
+			}
+			grants := []liveGrant{}
+			for _, g := range b.ListGrants(broker.Caller{Peer: p}) {
+				grants = append(grants, liveGrant(g))
+			}
+			return &Reply{Parameters: map[string]any{"grants": grants}}, nil
+		},
+
+		"RevokeGrant": func(ctx context.Context, p *peer.Peer, call *Call) (*Reply, error) {
+			var in struct {
+				Grant string `json:"grant"`
+			}
+			if err := call.Decode(&in); err != nil {
+				return nil, err
+			}
+			notReached, err := b.RevokeGrant(broker.Caller{Peer: p}, in.Grant)
+			if err != nil {
+				return nil, refusal(err)
+			}
+			return &Reply{Parameters: map[string]any{"notReached": list(notReached)}}, nil
+		},
+
+		"Check": func(ctx context.Context, p *peer.Peer, call *Call) (*Reply, error) {
+			if err := call.Decode(&struct{}{}); err != nil {
+				return nil, err
+			}
+			findings := []finding{}
+			for _, f := range b.Check(ctx, broker.Caller{Peer: p}) {
+				findings = append(findings, finding(f))
+			}
+			return &Reply{Parameters: map[string]any{"findings": findings}}, nil
+		},
+	}
+}
+
+// refusal gives an error of the broker's its name on the wire.
+func refusal(err error) error {
+	if err == nil {
+		return nil
+	}
+	e := broker.Refuse(err)
+	return brokerError(e.Name, e.Layer, e.Reason, e.Remedy)
+}
+
+type profileSummary struct {
+	Name        string `json:"name"`
+	Description string `json:"description"`
+	Tier        string `json:"tier"`
+	Available   bool   `json:"available"`
+	Reason      string `json:"reason,omitempty"`
+	Remedy      string `json:"remedy,omitempty"`
+}
+
+func summarize(o broker.Offer) profileSummary {
+	s := profileSummary{Name: o.Name, Description: o.Description, Tier: o.Tier.String(), Available: o.Refusal == nil}
+	if o.Refusal != nil {
+		s.Reason, s.Remedy = o.Refusal.Reason, o.Refusal.Remedy
+	}
+	return s
+}
+
+type profileDescription struct {
+	profileSummary
+	Guard        string   `json:"guard"`
+	LeaseSeconds int64    `json:"leaseSeconds,omitempty"`
+	Commands     []string `json:"commands"`
+	Maps         []string `json:"maps"`
+	Programs     []string `json:"programs"`
+	Attachments  []string `json:"attachments"`
+	Capabilities []string `json:"capabilities"`
+	Limits       []string `json:"limits"`
+	NotEnforced  []string `json:"notEnforced"`
+	Files        []string `json:"files"`
+}
+
+func describe(o broker.Offer) profileDescription {
+	return profileDescription{
+		profileSummary: summarize(o),
+		Guard:          o.Guard.String(),
+		LeaseSeconds:   int64(o.Lease.Seconds()),
+		Commands:       list(profile.CommandNames(o.Commands)),
+		Maps:           list(profile.MapNames(o.Maps)),
+		Programs:       list(profile.ProgramNames(o.Programs)),
+		Attachments:    list(profile.AttachmentNames(o.Attachments)),
+		Capabilities:   list(o.AmbientCapabilities()),
+		Limits:         list(o.Profile.NotEnforced()),
+		NotEnforced:    list(o.NotEnforced),
+		Files:          list(o.Files),
+	}
+}
+
+// liveGrant is a grant as peers see it.
+type liveGrant grant.Grant
+
+// MarshalJSON leaves out what is the ledger's own.
+func (g liveGrant) MarshalJSON() ([]byte, error) {
+	return json.Marshal(struct {
+		ID           grant.ID `json:"id"`
+		Profile      string   `json:"profile"`
+		Tier         string   `json:"tier"`
+		Owner        uint32   `json:"owner"`
+		Unit         string   `json:"unit,omitempty"`
+		Process      int      `json:"process"`
+		Path         string   `json:"path,omitempty"`
+		Created      int64    `json:"created"`
+		Expires      int64    `json:"expires,omitempty"`
+		Capabilities []string `json:"capabilities"`
+		NotEnforced  []string `json:"notEnforced"`
+	}{g.ID, g.Profile, g.Tier, g.Owner, g.Unit, g.PID, g.Path, g.Created, g.Expires, list(g.Capabilities), list(g.NotEnforced)})
+}
+
+type finding struct {
+	Subject string `json:"subject"`
+	State   string `json:"state"`
+	Reason  string `json:"reason"`
+	Remedy  string `json:"remedy,omitempty"`
+}
+
+// list keeps an empty list from becoming null.
+func list(items []string) []string {
+	if items == nil {
+		return []string{}
+	}
+	return items
+}

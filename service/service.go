@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package service is the daemon: it is activated by a socket, serves the
+// fronts, and exits when there is nothing left to do.
+package service
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/authority"
+	"github.com/bpfbroker/bpfbroker/service/internal/broker"
+	"github.com/bpfbroker/bpfbroker/service/internal/journal"
+	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
+	"github.com/bpfbroker/bpfbroker/service/internal/peer"
+	"github.com/bpfbroker/bpfbroker/service/internal/profile"
+	"github.com/bpfbroker/bpfbroker/service/internal/varlink"
+)
+
+const (
+	// stateDir is where the ledger is. systemd makes its parent
+	// (RuntimeDirectory=).
+	stateDir = "/run/bpfbroker/grants"
+	// socketName is the name that bpfbroker.socket gives the socket
+	// (FileDescriptorName=).
+	socketName = "varlink"
+	// idleTime is how long nobody has to have been connected before the
+	// daemon exits, as with systemd's own bus-activated services.
+	idleTime = 30 * time.Second
+)
+
+// Run serves until SIGTERM, SIGINT or idleness. It needs the listening socket
+// from systemd (sd_listen_fds(3)).
+func Run(version string) error {
+	slog.SetDefault(slog.New(journal.NewHandler(slog.LevelInfo)))
+	// Before READY=1, from which on systemd may send it.
+	reload := make(chan os.Signal, 1)
+	signal.Notify(reload, syscall.SIGHUP)
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+
+	listener, err := listen()
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
+	if initial, err := kernel.InInitialUserNamespace(); err != nil || !initial {
+		return errors.Join(errors.New("cannot delegate anything: not in the initial user namespace"), err)
+	}
+	if err := os.MkdirAll(stateDir, 0o700); err != nil {
+		return fmt.Errorf("cannot make the ledger's directory: %w", err)
+	}
+	polkit := authority.New()
+	defer polkit.Close()
+	b, err := broker.New(polkit, profile.Load(profile.DefaultDirs()), stateDir)
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	front, err := varlink.NewFront(b, version)
+	if err != nil {
+		return err
+	}
+
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		for range reload {
+			notify(daemon.SdNotifyReloading + "\n" + daemon.SdNotifyMonotonicUsec())
+			b.SetProfiles(profile.Load(profile.DefaultDirs()))
+			notify(daemon.SdNotifyReady)
+		}
+	}()
+	go func() {
+		waitIdle(ctx, front, b)
+		notify(daemon.SdNotifyStopping)
+		cancel()
+	}()
+	go watchdog(ctx)
+
+	notify(daemon.SdNotifyReady)
+	return front.Serve(ctx, listener)
+}
+
+// CheckConfig returns what is wrong with the profiles.
+func CheckConfig() []error { return profile.Load(profile.DefaultDirs()).Errors() }
+
+// listen takes the socket over from systemd, which goes on listening on it
+// when the daemon has gone.
+func listen() (*net.UnixListener, error) {
+	named, err := activation.ListenersWithNames()
+	if err != nil {
+		return nil, fmt.Errorf("cannot take over sockets: %w", err)
+	}
+	if len(named) != 1 || len(named[socketName]) != 1 {
+		return nil, errors.New("cannot serve: bpfbroker.socket has to start the service")
+	}
+	listener, ok := named[socketName][0].(*net.UnixListener)
+	if !ok {
+		return nil, errors.New("cannot serve: the socket is not a Unix stream socket")
+	}
+	listener.SetUnlinkOnClose(false)
+	return listener, nil
+}
+
+// waitIdle returns when ctx ends, or when nobody has been connected for a
+// while and there is no grant whose end the daemon would have to see to.
+func waitIdle(ctx context.Context, front *varlink.Server[*peer.Peer], b *broker.Broker) {
+	wait := idleTime
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+		wait = idleTime
+		if since, idle := front.IdleSince(); idle && b.Grants() == 0 {
+			if wait = idleTime - time.Since(since); wait <= 0 {
+				return
+			}
+		}
+	}
+}
+
+// watchdog tells systemd that the daemon is alive, if it wants to know
+// (WatchdogSec=).
+func watchdog(ctx context.Context) {
+	interval, err := daemon.SdWatchdogEnabled(false)
+	if err != nil || interval == 0 {
+		return
+	}
+	for {
+		notify(daemon.SdNotifyWatchdog)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(interval / 2):
+		}
+	}
+}
+
+func notify(state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		slog.Warn("cannot notify systemd", "error", err)
+	}
+}
