@@ -463,7 +463,7 @@ func (s *Server[P]) admit(u *user, m incoming) (*wire.Request, error) {
 	switch {
 	case errors.Is(m.err, wire.ErrMessageTooLarge):
 		return nil, brokerError("MessageTooLarge", "request", fmt.Sprintf("the message is longer than %d bytes", s.connLimits.Bytes),
-			"Send shorter messages, each ended by NUL.")
+			"send shorter messages, each ended by NUL")
 	case m.err != nil:
 		return nil, s.tooManyFiles(s.connLimits.Files)
 	case !s.users.spend(u, 1+len(m.data)>>10): // before parsing, which takes up to 0.2 ms a KiB
