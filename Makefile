@@ -4,6 +4,7 @@ PREFIX ?= /usr/local
 BINDIR ?= $(PREFIX)/bin
 LIBEXECDIR ?= $(PREFIX)/libexec
 DATADIR ?= $(PREFIX)/share
+MANDIR ?= $(DATADIR)/man
 # systemd, polkit and the journal look for a package's files below /usr.
 UNITDIR ?= /usr/lib/systemd/system
 CATALOGDIR ?= /usr/lib/systemd/catalog
@@ -17,7 +18,10 @@ export CGO_ENABLED = 0
 GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 STATICCHECK = $(GO) run honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-all: $(BUILD)/bpfbroker $(BUILD)/bpfbrokerd $(BUILD)/bpfbroker.service
+# The manual, if there is something to make it with.
+MAN = $(if $(shell command -v scdoc),bpfbroker.1 bpfbroker-profiles.5 bpfbrokerd.8)
+
+all: $(BUILD)/bpfbroker $(BUILD)/bpfbrokerd $(BUILD)/bpfbroker.service $(MAN:%=$(BUILD)/man/%)
 
 # Go knows best what has changed.
 .PHONY: FORCE
@@ -30,6 +34,10 @@ $(BUILD)/bpfbroker.service: units/bpfbroker.service.in Makefile
 	mkdir -p $(BUILD)
 	sed 's|@LIBEXECDIR@|$(LIBEXECDIR)|' units/bpfbroker.service.in >$@
 
+$(BUILD)/man/%: packaging/man/%.scd Makefile
+	mkdir -p $(@D)
+	sed 's|@LIBEXECDIR@|$(LIBEXECDIR)|' $< | scdoc >$@
+
 install: all
 	install -D -m 0755 -t $(DESTDIR)$(BINDIR) $(BUILD)/bpfbroker
 	install -D -m 0755 -t $(DESTDIR)$(LIBEXECDIR) $(BUILD)/bpfbrokerd
@@ -39,11 +47,16 @@ install: all
 	install -D -m 0644 -t $(DESTDIR)$(PROFILEDIR) packaging/profiles/*.profile
 	install -D -m 0644 -t $(DESTDIR)$(DATADIR)/doc/bpfbroker/polkit polkit/examples/*.rules
 	install -d -m 0755 $(DESTDIR)/etc/bpfbroker/profiles.d
+	for page in $(MAN); do install -D -m 0644 -t $(DESTDIR)$(MANDIR)/man$${page##*.} $(BUILD)/man/$$page || exit 1; done
+	install -d -m 0755 $(DESTDIR)$(DATADIR)/bash-completion/completions $(DESTDIR)$(DATADIR)/zsh/site-functions $(DESTDIR)$(DATADIR)/fish/vendor_completions.d
+	$(BUILD)/bpfbroker completion bash >$(DESTDIR)$(DATADIR)/bash-completion/completions/bpfbroker
+	$(BUILD)/bpfbroker completion zsh >$(DESTDIR)$(DATADIR)/zsh/site-functions/_bpfbroker
+	$(BUILD)/bpfbroker completion fish >$(DESTDIR)$(DATADIR)/fish/vendor_completions.d/bpfbroker.fish
 
 # What the tests run in their machines.
 install-programs: $(BUILD)/count.bpf.o
-	$(GOBUILD) -o $(BUILD)/ebpf-example ./test/programs/ebpf-example
-	install -D -m 0755 -t $(DESTDIR)/usr/local/bin $(BUILD)/ebpf-example
+	$(GOBUILD) -o $(BUILD)/programs/ ./test/programs/...
+	install -D -m 0755 -t $(DESTDIR)/usr/local/bin $(BUILD)/programs/*
 	install -D -m 0644 -t $(DESTDIR)/usr/local/lib $(BUILD)/count.bpf.o
 
 $(BUILD)/%.bpf.o: test/programs/%.bpf.c
@@ -55,21 +68,48 @@ uninstall:
 	rm -f $(DESTDIR)$(UNITDIR)/bpfbroker.socket $(DESTDIR)$(UNITDIR)/bpfbroker.service
 	rm -f $(DESTDIR)$(POLKITDIR)/org.bpfbroker.policy $(DESTDIR)$(CATALOGDIR)/bpfbroker.catalog
 	rm -rf $(DESTDIR)$(PROFILEDIR) $(DESTDIR)$(DATADIR)/doc/bpfbroker
+	rm -f $(DESTDIR)$(MANDIR)/man1/bpfbroker.1 $(DESTDIR)$(MANDIR)/man5/bpfbroker-profiles.5 $(DESTDIR)$(MANDIR)/man8/bpfbrokerd.8
+	rm -f $(DESTDIR)$(DATADIR)/bash-completion/completions/bpfbroker $(DESTDIR)$(DATADIR)/zsh/site-functions/_bpfbroker
+	rm -f $(DESTDIR)$(DATADIR)/fish/vendor_completions.d/bpfbroker.fish
 
 clean:
 	rm -rf $(BUILD)
 
-# Everything from here on needs root, the network and a Debian.
-
 # What can be checked without privileges.
 check:
-	@unformatted=$$(gofmt -l cmd service test); [ -z "$$unformatted" ] || { echo "not gofmt-clean: $$unformatted" >&2; exit 1; }
-	$(GO) vet ./...
-	$(STATICCHECK) ./...
-	$(GO) test ./cmd/... ./service/...
+	@unformatted=$$(gofmt -l cmd packaging service test); [ -z "$$unformatted" ] || { echo "not gofmt-clean: $$unformatted" >&2; exit 1; }
+	$(GO) mod tidy -diff
+	$(GO) vet -tags root,kernels ./...
+	$(STATICCHECK) -tags root,kernels ./...
+	$(GO) test ./cmd/... ./packaging/... ./service/...
+
+# Everything from here on needs root, the network and a Debian, and installs
+# with apt what is missing.
+
+# All tests: what needs no privileges, then the layers that need root, then a
+# machine, then other kernels.
+test:
+	test/setup $(TEST_PACKAGES)
+	shellcheck test/setup test/machines/recipe.sh .ci/run
+	xmllint --noout polkit/org.bpfbroker.policy
+	$(MAKE) check
+	$(GO) test -tags root ./service/internal/kernel ./service/internal/delegate ./service/internal/grant ./service/internal/broker
+	$(GO) test -count=1 ./test/machines ./test/scenarios
+	$(MAKE) test-kernels
+
+TEST_PACKAGES = make clang scdoc man-db dbus procps shellcheck libxml2-utils qemu-system-x86
+
+# The same binaries on Debian's kernels, in QEMU.
+test-kernels:
+	test/setup make qemu-system-x86
+	cd test/kernels && $(GO) test -count=1 -tags kernels -timeout 15m
 
 demo:
 	test/setup make clang
 	$(GO) run ./test/demo
 
-.PHONY: all install install-programs uninstall clean check demo
+bench:
+	test/setup make clang gcc libc6-dev
+	$(GO) run ./test/bench
+
+.PHONY: all install install-programs uninstall clean check test test-kernels demo bench

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+func (a *app) listCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "list",
+		Short: "List your grants",
+		Args:  cobra.NoArgs,
+		RunE: func(command *cobra.Command, _ []string) error {
+			c := a.client()
+			defer c.Close()
+			grants, err := c.ListGrants(command.Context())
+			if err != nil {
+				return err
+			}
+			if a.wantsJSON() {
+				return a.printJSON(grants)
+			}
+			t := table{header: []string{"GRANT", "PROFILE", "TIER", "PROCESS", "UNIT", "PATH", "SINCE", "LEFT"}, state: -1, noun: "grants"}
+			for _, g := range grants {
+				left := "-"
+				if g.Expires != 0 {
+					left = timeSpan(time.Until(time.UnixMicro(g.Expires)))
+				}
+				t.rows = append(t.rows, []string{g.ID, g.Profile, g.Tier, strconv.Itoa(g.Process),
+					cmp.Or(g.Unit, "-"), cmp.Or(g.Path, "-"),
+					time.UnixMicro(g.Created).Format("Mon 2006-01-02 15:04:05 MST"), left})
+			}
+			return a.printTable(t)
+		},
+	}
+}
+
+func (a *app) revokeCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:               "revoke GRANT…",
+		Short:             "End grants of yours",
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: a.completeGrants,
+		RunE: func(command *cobra.Command, args []string) error {
+			c := a.client()
+			defer c.Close()
+			status := 0
+			for _, id := range args {
+				notReached, err := c.RevokeGrant(command.Context(), id)
+				if err != nil {
+					status = cmp.Or(status, report(err))
+					continue
+				}
+				if a.quiet {
+					continue
+				}
+				for _, what := range notReached {
+					fmt.Fprintf(os.Stderr, "bpfbroker: revoking %s did not reach %s\n", id, printable(what))
+				}
+			}
+			if status != 0 {
+				return exitStatus(status)
+			}
+			return nil
+		},
+	}
+}
+
+// completeGrants offers the grants' ids to the shell.
+func (a *app) completeGrants(command *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	c := a.client()
+	defer c.Close()
+	grants, err := c.ListGrants(command.Context())
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveError
+	}
+	var ids []cobra.Completion
+	for _, g := range grants {
+		ids = append(ids, cobra.CompletionWithDesc(g.ID, fmt.Sprintf("%s, process %d", g.Profile, g.Process)))
+	}
+	return ids, cobra.ShellCompDirectiveNoFileComp
+}

@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// socketVariable tells bpfbroker, where the test binary is it, which socket to
+// use.
+const socketVariable = "BPFBROKER_TEST_SOCKET"
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){
+		"bpfbroker":    func() { os.Exit(execute(os.Getenv(socketVariable))) },
+		"tell-signals": tellSignals,
+	})
+}
+
+// tellSignals writes the name of each signal that comes, until none has come
+// for a while. Its first line is "ready".
+func tellSignals() {
+	received := make(chan os.Signal, 100)
+	signal.Notify(received, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGWINCH)
+	fmt.Println("ready")
+	for {
+		select {
+		case s := <-received:
+			fmt.Println("signal", s)
+		case <-time.After(500 * time.Millisecond):
+			fmt.Println("end")
+			os.Exit(7)
+		}
+	}
+}
+
+// request is what the fake broker sees of a request.
+type request struct {
+	Method      string         `json:"method"`
+	Parameters  map[string]any `json:"parameters"`
+	Interactive bool           `json:"allowInteractiveAuthentication"`
+	files       int
+}
+
+// refusal is the fake broker's way to answer with an error.
+type refusal struct{ name, reason, layer, remedy string }
+
+// fake is a broker for tests. A nil answer makes it hang up.
+type fake struct {
+	socket      string
+	connections atomic.Int64 // open ones
+	mu          sync.Mutex
+	requests    []request
+}
+
+func newFake(t testing.TB, answer func(request) any) *fake {
+	t.Helper()
+	f := &fake{socket: filepath.Join(openDirectory(t), "s")}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: f.socket, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	if err := os.Chmod(f.socket, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for {
+			conn, err := l.AcceptUnix()
+			if err != nil {
+				return
+			}
+			f.connections.Add(1)
+			go func() {
+				defer f.connections.Add(-1)
+				defer conn.Close()
+				f.serve(conn, answer)
+			}()
+		}
+	}()
+	return f
+}
+
+func (f *fake) serve(conn *net.UnixConn, answer func(request) any) {
+	r := &filesReader{conn: conn}
+	in := bufio.NewReader(r)
+	for {
+		data, err := in.ReadBytes(0)
+		if err != nil {
+			return
+		}
+		var q request
+		if err := json.Unmarshal(data[:len(data)-1], &q); err != nil {
+			panic(err)
+		}
+		q.files, r.files = r.files, 0
+		f.mu.Lock()
+		f.requests = append(f.requests, q)
+		f.mu.Unlock()
+		var reply any
+		switch a := answer(q).(type) {
+		case nil:
+			return
+		case refusal:
+			reply = map[string]any{
+				"error":      "org.bpfbroker.Broker." + a.name,
+				"parameters": map[string]string{"reason": a.reason, "layer": a.layer, "remedy": a.remedy},
+			}
+		default:
+			reply = map[string]any{"parameters": a}
+		}
+		data, err = json.Marshal(reply)
+		if err != nil {
+			panic(err)
+		}
+		if _, err := conn.Write(append(data, 0)); err != nil {
+			return
+		}
+	}
+}
+
+func (f *fake) seen() []request {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.requests
+}
+
+// filesReader counts the file descriptors that come in, and closes them.
+type filesReader struct {
+	conn  *net.UnixConn
+	files int
+}
+
+func (r *filesReader) Read(p []byte) (int, error) {
+	control := make([]byte, 256)
+	n, controlled, _, _, err := r.conn.ReadMsgUnix(p, control)
+	messages, _ := syscall.ParseSocketControlMessage(control[:controlled])
+	for _, m := range messages {
+		fds, _ := syscall.ParseUnixRights(&m)
+		for _, fd := range fds {
+			r.files++
+			_ = syscall.Close(fd)
+		}
+	}
+	return n, err
+}
+
+// grant is what the fake grants.
+func grant(capabilities ...string) map[string]any {
+	return map[string]any{
+		"id": "0123456789abcdef", "profile": "network", "tier": "network", "owner": 0, "unit": "session-1.scope", "process": 4711,
+		"path": "/sys/fs/bpf", "created": 1700000000000000, "capabilities": append([]string{}, capabilities...), "notEnforced": []string{},
+	}
+}
+
+// answers is what the scripts' broker says.
+func answers(r request) any {
+	name, _ := r.Parameters["profile"].(string)
+	switch strings.TrimPrefix(r.Method, "org.bpfbroker.Broker.") {
+	case "ListProfiles":
+		return map[string]any{"profiles": []any{
+			map[string]any{"name": "basic", "description": "Maps & sockets", "tier": "basic", "available": true},
+			map[string]any{"name": "network", "description": "Packets\x1b[2J", "tier": "unlimited", "available": false, "reason": "no guard"},
+		}}
+	case "DescribeProfile":
+		if name != "network" {
+			return refusal{"NoSuchProfile", "cannot describe \"" + name + "\": no such profile", "profile", "see \"bpfbroker profiles\""}
+		}
+		return map[string]any{"profile": map[string]any{
+			"name": "network", "description": "Packets", "tier": "unlimited", "guard": "required", "available": false,
+			"reason": "no guard", "remedy": "accept that", "leaseSeconds": 28800,
+			"commands": []string{"map_create", "prog_load", "btf_load"},
+			"maps":     []string{"hash", "array", "percpu_hash", "percpu_array", "lru_hash", "lpm_trie", "array_of_maps", "hash_of_maps", "devmap", "ringbuf"},
+			"programs": []string{"xdp"}, "attachments": []string{}, "capabilities": []string{"CAP_BPF", "CAP_NET_ADMIN"},
+			"limits": []string{"[Guard] MaxMaps=256", "[Attach] Interfaces=own"}, "notEnforced": []string{"Lease="}, "files": []string{"/usr/lib/a", "/etc/b"},
+		}}
+	case "ListGrants":
+		second := grant()
+		second["id"], second["process"], second["expires"] = "fedcba9876543210", 12, time.Now().Add(8*time.Hour+30*time.Second).UnixMicro()
+		delete(second, "unit")
+		delete(second, "path")
+		return map[string]any{"grants": []any{grant("CAP_BPF"), second}}
+	case "RevokeGrant":
+		if r.Parameters["grant"] != "0123456789abcdef" {
+			return refusal{"NoSuchGrant", "cannot revoke it: no such grant", "request", "see \"bpfbroker list\""}
+		}
+		return map[string]any{"notReached": []string{"tokens that were already created"}}
+	case "Check":
+		return map[string]any{"findings": []any{
+			map[string]any{"subject": "guard", "state": "no", "reason": "there is none", "remedy": "wait for it"},
+			map[string]any{"subject": "profile basic", "state": "yes", "reason": "polkit allows it"},
+			map[string]any{"subject": "profile network", "state": "ask", "reason": "polkit wants a password"},
+		}}
+	case "MountToken":
+		switch name {
+		case "network":
+			return map[string]any{"grant": grant("CAP_BPF", "CAP_NET_ADMIN")}
+		case "dies":
+			return nil
+		case "busy":
+			return refusal{"Busy", "cannot grant busy: the profile has changed meanwhile", "profile", "ask again"}
+		}
+		return refusal{"NotAuthorized", "cannot grant " + name + ": not authorized", "polkit", "ask the administrator for a polkit rule"}
+	}
+	return refusal{"Internal", r.Method, "request", ""}
+}
+
+// TestScripts runs testdata/*.txtar against that broker.
+func TestScripts(t *testing.T) {
+	t.Parallel()
+	f := newFake(t, answers)
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata",
+		RequireExplicitExec: true,
+		UpdateScripts:       os.Getenv("UPDATE") != "",
+		Setup: func(env *testscript.Env) error {
+			env.Setenv(socketVariable, f.socket)
+			env.Setenv("TZ", "UTC")
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"status": status},
+	})
+}
+
+// status is the script command "status N PROGRAM ARGUMENT…": PROGRAM exits with N.
+func status(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: status N PROGRAM ARGUMENT…")
+	}
+	got := "0"
+	if err := ts.Exec(args[1], args[2:]...); err != nil {
+		got = strings.TrimPrefix(err.Error(), "exit status ")
+	}
+	if got != args[0] {
+		ts.Fatalf("exit status %s, want %s", got, args[0])
+	}
+}

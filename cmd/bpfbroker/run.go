@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/bpfbroker/bpfbroker/service/client"
+)
+
+func (a *app) runCommand() *cobra.Command {
+	var profile string
+	var root bool
+	command := &cobra.Command{
+		Use:   "run -p PROFILE [-- COMMAND [ARGUMENT…]]",
+		Short: "Run a command, or a shell, with a profile",
+		RunE: func(command *cobra.Command, args []string) error {
+			if profile == "" {
+				return a.usageError("run: no profile given, see \"bpfbroker profiles\"")
+			}
+			if len(args) == 0 {
+				args = []string{cmp.Or(os.Getenv("SHELL"), "/bin/sh")}
+			}
+			return a.run(command.Context(), profile, root, args)
+		},
+	}
+	flags := command.Flags()
+	flags.SetInterspersed(false)
+	flags.StringVarP(&profile, "profile", "p", "", "the profile's name")
+	flags.BoolVar(&root, "root", false, "run as root of the new user namespace")
+	// It fails only if there is no such flag.
+	_ = command.RegisterFlagCompletionFunc("profile",
+		func(c *cobra.Command, _ []string, word string) ([]cobra.Completion, cobra.ShellCompDirective) {
+			return a.completeProfiles(c, nil, word)
+		})
+	return command
+}
+
+// run runs a command. Its error is nil or an exitStatus once it has started.
+func (a *app) run(ctx context.Context, profile string, root bool, args []string) error {
+	// Nobody should type a password for what isn't there.
+	path, err := lookUp(args[0])
+	if err != nil {
+		return err
+	}
+	signals := watchSignals(ctx)
+	command, err := a.start(signals.ctx, func(c *client.Client) *client.Command {
+		command := c.Command(profile, path)
+		command.Args, command.Root = args, root
+		return command
+	})
+	if err != nil {
+		var interrupted interruption
+		var notExecuted *fs.PathError
+		switch {
+		case errors.As(err, &interrupted):
+			return exitStatus(exitSignal + int(interrupted))
+		case errors.As(err, &notExecuted):
+			return cannotRun(args[0], notExecuted.Err, exitNotExecutable)
+		}
+		return err
+	}
+	signals.forwardTo(command)
+	status, err := command.Wait()
+	switch {
+	case err != nil:
+		return fmt.Errorf("cannot wait for %s: %w", args[0], err)
+	case status.Signaled():
+		return exitStatus(exitSignal + int(status.Signal()))
+	case status.ExitStatus() != 0:
+		return exitStatus(status.ExitStatus())
+	}
+	return nil
+}
+
+// start starts the command that make makes. polkit asks for a password where it
+// has to, if there is anybody to be asked.
+func (a *app) start(ctx context.Context, make func(*client.Client) *client.Command) (*client.Command, error) {
+	agent := !a.noAskPassword && agentUseful()
+	var options []client.Option
+	if !a.noAskPassword && !agent {
+		options = append(options, client.WithInteraction())
+	}
+	c := a.client(options...)
+	defer c.Close()
+	command := make(c)
+	err := command.Start(ctx)
+	var refusal *client.Error
+	if !agent || !errors.As(err, &refusal) || refusal.Name != "InteractionRequired" {
+		return command, err
+	}
+
+	// An agent takes longer to start than the request takes without, and most
+	// requests need none.
+	stop := startAgent(ctx)
+	defer stop()
+	c = a.client(client.WithInteraction())
+	defer c.Close()
+	command = make(c)
+	// The terminal is the command's alone.
+	command.Granted = func(*client.Grant) { stop() }
+	return command, command.Start(ctx)
+}
+
+// lookUp finds a program as shells do.
+func lookUp(name string) (string, error) {
+	path, err := exec.LookPath(name)
+	switch {
+	case err == nil, errors.Is(err, exec.ErrDot):
+		return path, nil
+	case errors.Is(err, exec.ErrNotFound), errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ENOTDIR):
+		return "", cannotRun(name, err, exitNotFound)
+	}
+	return "", cannotRun(name, err, exitNotExecutable)
+}
+
+// cannotRun prints why and returns the status.
+func cannotRun(name string, err error, status exitStatus) error {
+	var lookup *exec.Error
+	if errors.As(err, &lookup) {
+		err = lookup.Err
+	}
+	var path *fs.PathError
+	if errors.As(err, &path) {
+		err = path.Err
+	}
+	fmt.Fprintf(os.Stderr, "bpfbroker: cannot run %s: %v\n", printable(name), err)
+	return status
+}

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package client
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
+)
+
+// CheckLocal returns what the calling process needs on its own side for a
+// Command to run: a user namespace, and a place for the BPF file system.
+func CheckLocal() []Finding {
+	return []Finding{checkNamespaces(), checkPlace()}
+}
+
+func checkNamespaces() Finding {
+	f := Finding{Subject: "user namespaces", State: No}
+	initial, err := kernel.InInitialUserNamespace()
+	if err == nil && !initial {
+		f.Reason = "this process is in a user namespace already, and no rights are given to one within another"
+		f.Remedy = "run the command from outside, or have the program ask for a token by itself"
+		return f
+	}
+	if cause, remedy := restriction(); cause != "" {
+		f.Reason, f.Remedy = cause, remedy
+		return f
+	}
+	process, err := kernel.Suspend("/bin/true", []string{"true"}, nil, false)
+	if err != nil {
+		f.Reason = err.Error()
+		f.Remedy = "have the administrator find out what forbids it: seccomp, a security module or a container's limits"
+		return f
+	}
+	process.Kill()
+	return Finding{Subject: f.Subject, State: Yes, Reason: "this user can make user namespaces"}
+}
+
+// restriction names the setting that keeps the user from making user
+// namespaces, or from having capabilities in them, "" if there is none.
+func restriction() (cause, remedy string) {
+	if sysctl("user/max_user_namespaces") == "0" {
+		return "user.max_user_namespaces is 0", "have the administrator set user.max_user_namespaces to more than 0"
+	}
+	if os.Geteuid() == 0 {
+		return "", ""
+	}
+	if sysctl("kernel/unprivileged_userns_clone") == "0" {
+		return "kernel.unprivileged_userns_clone is 0", "have the administrator set kernel.unprivileged_userns_clone=1"
+	}
+	// AppArmor lets the namespace be made, but gives its processes no
+	// capability, unless a profile of the program's own allows them.
+	if sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1" && unconfined() {
+		return "AppArmor gives no capabilities in user namespaces (kernel.apparmor_restrict_unprivileged_userns=1)",
+			"have the administrator load an AppArmor profile with the userns permission for this program"
+	}
+	return "", ""
+}
+
+func sysctl(name string) string { return readLine(filepath.Join("/proc/sys", name)) }
+
+func unconfined() bool { return readLine("/proc/self/attr/apparmor/current") == "unconfined" }
+
+// readLine returns a file's only line, "" for a file that isn't there.
+func readLine(path string) string {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(data))
+}
+
+func checkPlace() Finding {
+	f := Finding{Subject: "mount point", State: Yes, Reason: tokenPath + " is there"}
+	path, err := filepath.EvalSymlinks(tokenPath)
+	switch {
+	case err != nil:
+		f.State, f.Reason = No, err.Error()
+		f.Remedy = "use a kernel with CONFIG_BPF_SYSCALL, and mount sysfs at /sys"
+	case path != tokenPath:
+		f.State, f.Reason = No, tokenPath+" is reached by a symbolic link"
+		f.Remedy = "mount sysfs at /sys itself"
+	}
+	return f
+}

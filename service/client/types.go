@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package client
+
+import (
+	"encoding/json"
+	"strings"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/varlink/wire"
+)
+
+// ProfileSummary is a profile, in short.
+type ProfileSummary struct {
+	Name        string `json:"name"`
+	Description string `json:"description"`
+	// Tier is what the profile is worth to an attacker as it would be enforced
+	// now: "basic", "network", "tracing" or "unlimited".
+	Tier string `json:"tier"`
+	// Available says whether it can be granted now, apart from polkit.
+	Available bool `json:"available"`
+	// Reason is why not, and Remedy what would change that; "" if it can.
+	Reason string `json:"reason,omitempty"`
+	Remedy string `json:"remedy,omitempty"`
+}
+
+// Profile is a profile and all that it says. Names are in the kernel's
+// spelling.
+type Profile struct {
+	ProfileSummary
+	// Guard is "required", "optional" or "unneeded".
+	Guard string `json:"guard"`
+	// LeaseSeconds is how long a grant lasts; 0 is without end.
+	LeaseSeconds int64    `json:"leaseSeconds,omitempty"`
+	Commands     []string `json:"commands"`
+	Maps         []string `json:"maps"`
+	Programs     []string `json:"programs"`
+	Attachments  []string `json:"attachments"`
+	// Capabilities are those that its types need in the user namespace.
+	Capabilities []string `json:"capabilities"`
+	// Limits is what the guard holds, a setting each ("MaxMaps=256").
+	Limits []string `json:"limits"`
+	// NotEnforced are those of its settings that nothing would hold now.
+	NotEnforced []string `json:"notEnforced"`
+	// Files are those that it was read from, in the order in which they count.
+	Files []string `json:"files"`
+}
+
+// Grant is one live right.
+type Grant struct {
+	ID      string `json:"id"`
+	Profile string `json:"profile"`
+	// Tier is the profile's as it was when it was granted.
+	Tier string `json:"tier"`
+	// Owner is the uid that asked for it.
+	Owner uint32 `json:"owner"`
+	// Unit is the systemd unit of the process, "" if it has none.
+	Unit string `json:"unit,omitempty"`
+	// Process is the pid of the process that it was made for and ends with, in
+	// the broker's pid namespace.
+	Process int `json:"process"`
+	// Path is where the BPF file system is mounted, "" if it was handed out
+	// detached.
+	Path string `json:"path,omitempty"`
+	// Created and Expires are in microseconds since 1970. Expires is 0 for a
+	// grant without a lease.
+	Created int64 `json:"created"`
+	Expires int64 `json:"expires,omitempty"`
+	// Capabilities are those that its types need in the user namespace.
+	Capabilities []string `json:"capabilities"`
+	// NotEnforced are those of the profile's settings that nothing holds.
+	NotEnforced []string `json:"notEnforced"`
+}
+
+// Finding says whether something works here, for the user.
+type Finding struct {
+	// Subject is what it is about. "profile NAME" is about getting a profile.
+	Subject string `json:"subject"`
+	State   State  `json:"state"`
+	// Reason is what was found, and Remedy what would change it, "" if nothing
+	// needs to.
+	Reason string `json:"reason"`
+	Remedy string `json:"remedy,omitempty"`
+}
+
+// State is a Finding's.
+type State string
+
+// The states of findings.
+const (
+	Yes State = "yes"
+	No  State = "no"
+	// Ask means that somebody has to authenticate first.
+	Ask State = "ask"
+)
+
+// Error is a refusal by the broker.
+type Error struct {
+	// Name is a name of org.bpfbroker.Broker's, like "NoSuchProfile", or the
+	// full name of another interface's error.
+	Name string `json:"-"`
+	// Reason is a sentence without its full stop.
+	Reason string `json:"reason"`
+	// Layer is what refused: "request", "profile", "target", "polkit",
+	// "kernel", "guard" or "limit".
+	Layer string `json:"layer"`
+	// Remedy is what would change it, "" if nothing would.
+	Remedy string `json:"remedy"`
+}
+
+// Error returns the reason and the layer.
+func (e *Error) Error() string { return e.Reason + " (" + e.Layer + ")" }
+
+func newError(reply *wire.Reply) *Error {
+	e := &Error{}
+	name, own := strings.CutPrefix(reply.Error, brokerInterface)
+	if !own || json.Unmarshal(reply.Parameters, e) != nil {
+		e.Reason = "the broker answers " + reply.Error + " " + string(reply.Parameters)
+		e.Layer = "request"
+	}
+	e.Name = name
+	return e
+}
