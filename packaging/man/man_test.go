@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package man holds the manual pages to what the program has.
+package man
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+const (
+	bpfbroker  = "bpfbroker.1.scd"
+	bpfbrokerd = "bpfbrokerd.8.scd"
+	profiles   = "bpfbroker-profiles.5.scd"
+)
+
+func read(t *testing.T, path string) string {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
+// page returns a page as one line, without what scdoc takes for markup.
+func page(t *testing.T, name string) string {
+	t.Helper()
+	text := strings.NewReplacer("*", " ", "`", "", "\\", "", ",", " ", ".", " ", ";", " ", "(", " ", ")", " ", "_/", " /").Replace(read(t, name))
+	return " " + strings.Join(strings.Fields(text), " ") + " "
+}
+
+// Every name that a user or an administrator can meet is explained.
+func TestNames(t *testing.T) {
+	t.Parallel()
+	const internal = "../../service/internal/"
+	for _, test := range []struct {
+		// Each match of the expression's group in the source stands in the page.
+		source, match, page string
+		// But for the text before that.
+		after string
+	}{
+		{source: internal + "profile/parse.go", match: `\t\t"(\w+)": +set`, page: profiles, after: "var keys"},
+		{source: internal + "profile/parse.go", match: `\t"(\w+)": +\{`, page: profiles, after: "var keys"},
+		// The words of a group, in their order.
+		{source: internal + "profile/mask.go", match: "(?s)`([^`]+)`", page: profiles, after: "var groups"},
+		{source: internal + "profile/mask.go", match: `\t"(\w+)": +\{`, page: profiles, after: "var groups"},
+		{source: internal + "profile/tier.go", match: `\d: +\{"(\w+)"`, page: profiles},
+		{source: internal + "profile/tier.go", match: `"(bpf_\w+|\w*send_signal\w*|override_return|probe_write_user)"`, page: profiles, after: "var ("},
+		{source: internal + "varlink/org.bpfbroker.Broker.varlink", match: `\nerror (\w+)`, page: bpfbrokerd},
+		{source: internal + "varlink/org.bpfbroker.Broker.varlink", match: `\nmethod (\w+)`, page: bpfbrokerd},
+		{source: internal + "authority/action.go", match: `"org\.bpfbroker\.([a-z-]+)"`, page: bpfbrokerd},
+		{source: internal + "authority/details.go", match: `Detail\w+ += "([a-z.-]+)"`, page: bpfbrokerd},
+		{source: internal + "journal/event.go", match: `"([0-9a-f]{32})"`, page: bpfbrokerd},
+		{source: internal + "journal/event.go", match: `Key\w+ += "(\w+)"`, page: bpfbrokerd},
+		{source: "../../cmd/bpfbrokerd/main.go", match: `flag\.\w+\("([a-z-]+)"`, page: bpfbrokerd},
+	} {
+		text := page(t, test.page)
+		matches := regexp.MustCompile(test.match).FindAllStringSubmatch(after(t, read(t, test.source), test.after), -1)
+		if len(matches) == 0 {
+			t.Errorf("%s has no %s", test.source, test.match)
+		}
+		for _, m := range matches {
+			name := strings.Join(strings.Fields(strings.ReplaceAll(m[1], ".", " ")), " ")
+			if !regexp.MustCompile(`(?i)[ @=[_~.-]` + regexp.QuoteMeta(name) + `[ =\]]`).MatchString(text) {
+				t.Errorf("%s does not have %q of %s", test.page, name, test.source)
+			}
+		}
+	}
+}
+
+func after(t *testing.T, text, mark string) string {
+	t.Helper()
+	i := strings.Index(text, mark)
+	if i < 0 {
+		t.Fatalf("%q is not in the source", mark)
+	}
+	return text[i:]
+}
+
+// Every type that can be delegated is explained; bpf(2) has the commands.
+func TestTypes(t *testing.T) {
+	t.Parallel()
+	text := page(t, profiles)
+	var all map[string]any
+	if err := json.Unmarshal([]byte(read(t, "../../service/internal/profile/testdata/unlimited.golden")), &all); err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []string{"maps", "programs", "attachments"} {
+		for _, name := range all[key].([]any) {
+			if !strings.Contains(text, " "+name.(string)+" ") {
+				t.Errorf("%s does not have %q of the %s", profiles, name, key)
+			}
+		}
+	}
+}
+
+// Every command and option of the client is explained.
+func TestCommandLine(t *testing.T) {
+	t.Parallel()
+	text := page(t, bpfbroker)
+	program := filepath.Join(t.TempDir(), "bpfbroker")
+	if out, err := exec.Command("go", "build", "-o", program, "../../cmd/bpfbroker").CombinedOutput(); err != nil {
+		t.Fatalf("cannot build: %v\n%s", err, out)
+	}
+	for _, command := range []string{"", "run", "profiles", "profile", "profile show", "list", "revoke", "check"} {
+		help, err := exec.Command(program, append(strings.Fields(command), "--help")...).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range regexp.MustCompile(`(?m)^ +(-\w), |(--[a-z-]+)|^  ([a-z]+)  `).FindAllStringSubmatch(string(help), -1) {
+			name := m[1] + m[2] + m[3]
+			if !strings.Contains(text, " "+name+" ") && !strings.Contains(text, " "+name+"[") {
+				t.Errorf("%s does not have %q of \"bpfbroker %s --help\"", bpfbroker, name, command)
+			}
+		}
+	}
+}
+
+// The limits in the README and in the manual are the same, and those of the
+// source.
+func TestLimits(t *testing.T) {
+	t.Parallel()
+	manual := limits(after(t, read(t, bpfbrokerd), "# LIMITS"), `(?m)^(\w[\w ]+?)  +(\S.*)$`)
+	readme := limits(after(t, read(t, "../../README.md"), "## Limits"), `(?m)^\| (\w[\w ]+?) \| (\S.*?) \|$`)
+	delete(readme, "Limit") // the heading
+	if diff := cmp.Diff(readme, manual); diff != "" {
+		t.Errorf("README.md and %s differ (-README +manual):\n%s", bpfbrokerd, diff)
+	}
+	sources := map[string]string{
+		"Grants of a user":                    `grant/grant.go MaxPerUser += (\d+)`,
+		"Grants of all users":                 `grant/grant.go MaxTotal += (\d+)`,
+		"Connections of a user":               `varlink/server.go cmp.Or\(l.ConnectionsPerUser, (\d+)`,
+		"Connections of all users":            `varlink/server.go cmp.Or\(l.Connections, (\d+)`,
+		"Requests of a user under way":        `varlink/server.go cmp.Or\(l.RequestsPerUser, (\d+)`,
+		"Requests of a user in a second":      `varlink/server.go cmp.Or\(l.Rate, (\d+)`,
+		"Requests of a user in a burst":       `varlink/server.go cmp.Or\(l.Burst, (\d+)`,
+		"Length of a message":                 `varlink/server.go cmp.Or\(l.MessageBytes, (\d+)<<10`,
+		"Nesting in a message":                `varlink/wire/message.go maxDepth = (\d+)`,
+		"File descriptors with a message":     `broker/access.go "MountToken": .*Files: (\d+)`,
+		"Time for a message to arrive":        `varlink/server.go cmp.Or\(l.Arrival, (\d+)\*time.Second`,
+		"Time without a request":              `varlink/server.go cmp.Or\(l.Idle, (\d+)\*time.Second`,
+		"Time for a request":                  `varlink/server.go cmp.Or\(l.Request, (\d+)\*time.Minute`,
+		"Time for an answer to be taken":      `varlink/server.go cmp.Or\(l.Write, (\d+)\*time.Second`,
+		"Time for a step in the target":       `kernel/child.go childTimeout = (\d+) \* time.Second`,
+		"Questions to polkit under way":       `authority/authority.go maxAnswers = (\d+)`,
+		"Password prompts under way":          `authority/authority.go maxPrompts = (\d+)`,
+		"Refusals of a user in the journal":   `broker/refusals.go refusalsLogged = (\d+)`,
+		"Length of a value in the journal":    `journal/journal.go maxValue += (\d+)`,
+		"Length of a detail for polkit":       `authority/details.go maxDetail = (\d+)`,
+		"Time without connections and grants": `../service.go idleTime = (\d+) \* time.Second`,
+	}
+	for name, source := range sources {
+		checkLimit(t, name, manual[name], source)
+	}
+	for name := range manual {
+		if sources[name] == "" {
+			t.Errorf("nobody looks where %q comes from", name)
+		}
+	}
+
+	text := after(t, page(t, profiles), "# LIMITS")
+	for format, source := range map[string]string{
+		"most N KiB":                  `profile/load.go maxFileSize = (\d+) << 10`,
+		"description N bytes":         `profile/parse.go maxDescription = (\d+)`,
+		"N names each":                `profile/parse.go maxNames += (\d+)`,
+		"kernel function N bytes":     `profile/parse.go maxIdentifier += (\d+)`,
+		"most N profiles":             `profile/load.go maxProfiles = (\d+)`,
+		"N drop-ins":                  `profile/load.go maxDropIns += (\d+)`,
+		"N entries":                   `profile/load.go maxEntries += (\d+)`,
+		"errors in a file N are said": `profile/parse.go maxErrors = (\d+)`,
+	} {
+		m := regexp.MustCompile(strings.Replace(format, "N", `(\d+)`, 1)).FindStringSubmatch(text)
+		if m == nil {
+			t.Errorf("%s does not have %q", profiles, format)
+			continue
+		}
+		checkLimit(t, format, m[1], source)
+	}
+}
+
+func limits(text, row string) map[string]string {
+	text, _, _ = strings.Cut(text[1:], "\n#")
+	all := make(map[string]string)
+	for _, m := range regexp.MustCompile(row).FindAllStringSubmatch(text, -1) {
+		all[m[1]] = m[2]
+	}
+	return all
+}
+
+// checkLimit compares the number at the beginning of value with the one in a
+// source, given as a file and an expression.
+func checkLimit(t *testing.T, name, value, source string) {
+	t.Helper()
+	file, match, _ := strings.Cut(source, " ")
+	m := regexp.MustCompile(match).FindStringSubmatch(read(t, "../../service/internal/"+file))
+	if m == nil {
+		t.Errorf("%s has no %s", file, match)
+		return
+	}
+	if number, _, _ := strings.Cut(strings.TrimRight(value, ",;"), " "); strings.TrimRight(number, ",;") != m[1] {
+		t.Errorf("%s: the documentation says %q, %s says %s", name, value, file, m[1])
+	}
+}
+
+// The pages are clean: scdoc and man have nothing to complain of.
+func TestPages(t *testing.T) {
+	t.Parallel()
+	for _, program := range []string{"scdoc", "man"} {
+		if _, err := exec.LookPath(program); err != nil && os.Getenv("CI") != "true" {
+			t.Skip(err)
+		}
+	}
+	for _, name := range []string{bpfbroker, bpfbrokerd, profiles} {
+		scdoc := exec.Command("scdoc")
+		scdoc.Stdin = strings.NewReader(read(t, name))
+		roff, err := scdoc.Output()
+		if err != nil {
+			t.Errorf("scdoc %s: %v", name, err)
+			continue
+		}
+		file := filepath.Join(t.TempDir(), strings.TrimSuffix(name, ".scd"))
+		if err := os.WriteFile(file, roff, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		man := exec.Command("man", "--local-file", "--warnings", file)
+		man.Env = append(os.Environ(), "MANWIDTH=80", "LC_ALL=C.UTF-8", "MAN_KEEP_FORMATTING=")
+		var complaints strings.Builder
+		man.Stderr = &complaints
+		out, err := man.Output()
+		if err != nil || complaints.Len() > 0 {
+			t.Errorf("man %s: %v\n%s", name, err, &complaints)
+		}
+		for line := range strings.Lines(string(out)) {
+			if n := len([]rune(strings.TrimSuffix(line, "\n"))); n > 80 {
+				t.Errorf("%s: a line of %d characters: %s", name, n, line)
+			}
+		}
+	}
+}
