@@ -5,8 +5,10 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"runtime"
+	"sync"
 	"time"
 	"unsafe"
 
@@ -47,6 +49,13 @@ type page struct {
 	parent uintptr
 	child  uintptr // the child's end of the socket pair
 
+	// request is what the child receives: a byte, and with the first one the
+	// namespaces that it is to enter.
+	request    unix.Msghdr
+	namespaces struct {
+		unix.Cmsghdr
+		user, mount int32
+	}
 	// answers are what the child sends: a byte, or a byte and the last
 	// result, if that is a file descriptor that the parent asked for.
 	answers [2]unix.Msghdr
@@ -73,41 +82,129 @@ type page struct {
 }
 
 // child is a cloned process that executes batches of system calls. Its file
-// descriptor table is a copy: nothing that it opens can leak into the
+// descriptor table is its own: nothing that it opens can leak into the
 // parent's, however it dies.
 type child struct {
 	*page
 	pid    int
 	pidfd  int // -1 without new namespaces; otherwise the caller closes it
 	socket int // the parent's end
+	hung   bool
 }
 
 // childTimeout bounds one batch. Only a file system that the target controls
 // can make a call slow.
 const childTimeout = 5 * time.Second
 
-var errChildGone = errors.New("the helper process was killed")
+// ErrHelperKilled means that the helper process was killed, which the target's
+// root can do.
+var ErrHelperKilled = errors.New("the helper process was killed")
 
-// newChild clones a child, in new user and mount namespaces if asked for. The
-// caller ends it with kill, from the same goroutine: the calling goroutine is
-// locked to its thread until then, because the child's parent-death signal
-// follows the thread.
-func newChild(namespaces bool) (_ *child, err error) {
+// ErrTargetHangs means that a call inside the target took too long: a path
+// there leads into a file system that doesn't answer, or the helper process was
+// stopped.
+var ErrTargetHangs = errors.New("the target does not answer")
+
+// reserved is how many descriptors a new table has room for at least, which
+// close_range(2) copies whatever it is told (BITS_PER_LONG, fs/file.c).
+const reserved = 64
+
+// ReserveDescriptors takes the free numbers among the first 64 out of use, for
+// good, so that no stranger's file is ever copied into a helper. It comes before
+// the first of them is received.
+func ReserveDescriptors() error {
+	fd, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	for err == nil && fd < reserved {
+		fd, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot reserve file descriptors: %w", err)
+	}
+	return unix.Close(fd)
+}
+
+// mailbox is the descriptor that a helper finds its socket at, the standard
+// input: a number that is always open, and that no stranger's file can have.
+const mailbox = 0
+
+var mailboxLock sync.Mutex
+
+// newHelper clones a child that will enter namespaces. It shares its parent's
+// file descriptors for a moment and then has none but the standard ones: with
+// a copy of all it would also close, in the end, what strangers have sent to
+// the parent, and that takes as long as the server of a stranger's file system
+// likes (FUSE_FLUSH), whoever the helper works for. The caller ends it
+// with kill, as newChild says.
+func newHelper(n *Namespaces) (_ *child, err error) {
+	c, end, err := prepare()
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(end)
+	mailboxLock.Lock()
+	defer mailboxLock.Unlock()
+	standardInput, err := unix.FcntlInt(mailbox, unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		c.free()
+		return nil, fmt.Errorf("cannot duplicate the standard input: %w", err)
+	}
+	defer func() {
+		_ = unix.Dup3(standardInput, mailbox, 0)
+		_ = unix.Close(standardInput)
+	}()
+	if err := unix.Dup3(end, mailbox, unix.O_CLOEXEC); err != nil {
+		c.free()
+		return nil, fmt.Errorf("cannot duplicate a socket: %w", err)
+	}
+	if err := c.clone(false); err != nil {
+		return nil, err
+	}
+	// It answers when it has its own descriptors.
+	if err = unix.Sendmsg(c.socket, []byte{0}, unix.UnixRights(n.user, n.mount), nil, unix.MSG_NOSIGNAL); err == nil {
+		_, _, err = c.hear()
+	}
+	if err != nil {
+		c.kill()
+		return nil, fmt.Errorf("cannot start the helper process: %w", err)
+	}
+	return c, nil
+}
+
+// newChild clones a child in new user and mount namespaces, with a copy of its
+// parent's file descriptors. The caller ends it with kill, from the same
+// goroutine: the calling goroutine is locked to its thread until then, because
+// the child's parent-death signal follows the thread.
+func newChild() (*child, error) {
+	c, end, err := prepare()
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(end)
+	c.page.child = uintptr(end)
+	return c, c.clone(true)
+}
+
+// prepare makes what parent and child share. It also returns the child's end
+// of the socket pair, the caller's to close.
+func prepare() (*child, int, error) {
 	memory, err := unix.Mmap(-1, 0, int(unsafe.Sizeof(page{})), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_ANONYMOUS)
 	if err != nil {
-		return nil, fmt.Errorf("cannot map shared memory: %w", err)
+		return nil, -1, fmt.Errorf("cannot map shared memory: %w", err)
 	}
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		_ = unix.Munmap(memory)
-		return nil, fmt.Errorf("cannot make a socket pair: %w", err)
+		return nil, -1, fmt.Errorf("cannot make a socket pair: %w", err)
 	}
 
-	c := &child{page: (*page)(unsafe.Pointer(&memory[0])), pidfd: -1, socket: pair[0]}
+	c := &child{page: (*page)(unsafe.Pointer(&memory[0])), pid: -1, pidfd: -1, socket: pair[0]}
 	c.parent = uintptr(os.Getpid())
-	c.page.child = uintptr(pair[1])
 	c.vector = unix.Iovec{Base: &c.byte[0]}
 	c.vector.SetLen(1)
+	c.request.Iov = &c.vector
+	c.request.SetIovlen(1)
+	c.request.Control = (*byte)(unsafe.Pointer(&c.namespaces))
+	c.request.SetControllen(unix.CmsgSpace(8))
 	for i := range c.answers {
 		c.answers[i].Iov = &c.vector
 		c.answers[i].SetIovlen(1)
@@ -117,17 +214,19 @@ func newChild(namespaces bool) (_ *child, err error) {
 	c.rights.Level = unix.SOL_SOCKET
 	c.rights.Type = unix.SCM_RIGHTS
 	c.rights.SetLen(unix.CmsgLen(4))
-
 	runtime.LockOSThread()
+	return c, pair[1], nil
+}
+
+// clone clones the child, or frees what was prepared for it.
+func (c *child) clone(namespaces bool) error {
 	pid, pidfd, errno := clone(namespaces, c.page)
-	_ = unix.Close(pair[1])
 	if errno != 0 {
-		c.pid = -1
 		c.free()
-		return nil, fmt.Errorf("cannot clone: %w", errno)
+		return fmt.Errorf("cannot clone: %w", errno)
 	}
 	c.pid, c.pidfd = int(pid), int(pidfd)
-	return c, nil
+	return nil
 }
 
 // cloneArgs is struct clone_args of include/uapi/linux/sched.h, version 0
@@ -158,7 +257,7 @@ func clone(namespaces bool, p *page) (pid uintptr, pidfd int32, errno unix.Errno
 	if namespaces {
 		pid, errno = cloneRaw(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&args)), unsafe.Sizeof(args), p)
 	} else {
-		pid, errno = cloneRaw(unix.SYS_CLONE, 0, 0, p)
+		pid, errno = cloneRaw(unix.SYS_CLONE, unix.CLONE_FILES, 0, p)
 	}
 	unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&p.mask)), 0, unsafe.Sizeof(all), 0, 0)
 	return pid, pidfd, errno
@@ -183,8 +282,14 @@ func cloneRaw(number, arg0, arg1 uintptr, p *page) (uintptr, unix.Errno) {
 //go:noinline
 //go:nosplit
 func childLoop(p *page) {
+	if p.child == mailbox {
+		_, _, errno := unix.RawSyscall(unix.SYS_CLOSE_RANGE, 3, math.MaxUint32, unix.CLOSE_RANGE_UNSHARE)
+		if errno != 0 {
+			exit()
+		}
+	}
 	for {
-		n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, p.child, uintptr(unsafe.Pointer(&p.byte)), 1, 0, 0, 0)
+		n, _, errno := unix.RawSyscall(unix.SYS_RECVMSG, p.child, uintptr(unsafe.Pointer(&p.request)), 0)
 		if errno == unix.EINTR {
 			continue
 		}
@@ -215,6 +320,13 @@ func childLoop(p *page) {
 		}
 		unix.RawSyscall(unix.SYS_SENDMSG, p.child, uintptr(unsafe.Pointer(answer)), unix.MSG_NOSIGNAL)
 	}
+	exit()
+}
+
+//go:norace
+//go:noinline
+//go:nosplit
+func exit() {
 	for {
 		unix.RawSyscall(unix.SYS_EXIT_GROUP, 1, 0, 0)
 	}
@@ -228,6 +340,11 @@ func (c *child) do(send bool, calls ...call) (fd int, failed int, err error) {
 	if err := c.post(send, calls...); err != nil {
 		return -1, 0, err
 	}
+	return c.hear()
+}
+
+// hear waits for the answer to a batch, as do does.
+func (c *child) hear() (fd int, failed int, err error) {
 	deadline := time.Now().Add(childTimeout)
 	poll := []unix.PollFd{{Fd: int32(c.socket), Events: unix.POLLIN}}
 	for {
@@ -239,13 +356,17 @@ func (c *child) do(send bool, calls ...call) (fd int, failed int, err error) {
 			return -1, 0, fmt.Errorf("cannot poll: %w", err)
 		}
 		if n == 0 {
-			return -1, int(c.done), unix.ETIMEDOUT
+			c.hung = true
+			return -1, int(c.done), ErrTargetHangs
 		}
 		break
 	}
 	var answer [1]byte
 	control := make([]byte, unix.CmsgSpace(4))
 	n, controlLen, _, _, err := unix.Recvmsg(c.socket, answer[:], control, unix.MSG_CMSG_CLOEXEC)
+	if err == unix.ECONNRESET { // it had not read the batch
+		return -1, 0, ErrHelperKilled
+	}
 	if err != nil {
 		return -1, 0, fmt.Errorf("cannot hear from the helper process: %w", err)
 	}
@@ -262,12 +383,12 @@ func (c *child) do(send bool, calls ...call) (fd int, failed int, err error) {
 		fd = fds[0]
 	}
 	if n == 0 {
-		return -1, int(c.done), errChildGone
+		return -1, int(c.done), ErrHelperKilled
 	}
 	if c.done < c.count {
 		return -1, int(c.done), unix.Errno(c.calls[c.done].errno)
 	}
-	return fd, len(calls), nil
+	return fd, int(c.count), nil
 }
 
 // post hands a batch to the child without waiting for it.
@@ -282,17 +403,29 @@ func (c *child) post(send bool, calls ...call) error {
 		c.send = 1
 	}
 	if err := unix.Sendto(c.socket, []byte{0}, unix.MSG_NOSIGNAL, nil); err != nil {
-		return errChildGone
+		return ErrHelperKilled
 	}
 	return nil
 }
 
-// kill ends the child, waits for it and frees what it shared with the parent.
+// kill ends the child, and frees what it shared with the parent once it is
+// dead.
+//
 // A child that hangs in a file system of the target's can outlive SIGKILL (a
 // FUSE server that doesn't answer); the caller then waits, and with it the
-// request of the user whose file system it is.
+// request of the user whose file system it is. One that has answered every
+// batch only has to be told, and nobody waits for the kernel to take it apart.
 func (c *child) kill() {
 	_ = unix.Kill(c.pid, unix.SIGKILL)
+	runtime.UnlockOSThread()
+	if c.hung {
+		c.reap()
+	} else {
+		go c.reap()
+	}
+}
+
+func (c *child) reap() {
 	for {
 		_, err := unix.Wait4(c.pid, nil, unix.WALL, nil)
 		if err != unix.EINTR {
@@ -303,7 +436,6 @@ func (c *child) kill() {
 }
 
 func (c *child) free() {
-	runtime.UnlockOSThread()
 	_ = unix.Close(c.socket)
 	_ = unix.Munmap(unsafe.Slice((*byte)(unsafe.Pointer(c.page)), unsafe.Sizeof(page{})))
 }

@@ -58,17 +58,26 @@ func NewProcess(pidfd *os.File) (_ *Process, err error) {
 	if fs.Type != unix.PID_FS_MAGIC {
 		return nil, fmt.Errorf("cannot tell processes apart: pidfs is %w", ErrNotSupported)
 	}
+	// A thread's (PIDFD_THREAD is O_EXCL) can end before its process, and isn't
+	// found again by FindProcess.
+	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+	if err != nil {
+		return nil, fmt.Errorf("cannot get the pidfd's flags: %w", err)
+	}
+	if flags&unix.O_EXCL != 0 {
+		return nil, ErrNotPidFD
+	}
 	var stat unix.Stat_t
 	if err := unix.Fstat(fd, &stat); err != nil {
 		return nil, fmt.Errorf("cannot stat the pidfd: %w", err)
 	}
-	value, err := fdinfo(fd, "Pid:")
+	values, err := fdinfo(fd, "Pid:")
 	if err != nil {
 		return nil, err
 	}
-	pid, err := strconv.Atoi(value)
+	pid, err := strconv.Atoi(values[0])
 	if err != nil {
-		return nil, fmt.Errorf("cannot read a pid from %q: %w", value, err)
+		return nil, fmt.Errorf("cannot read a pid from %q: %w", values[0], err)
 	}
 	if pid <= 0 { // -1: exited; 0: in a pid namespace beside the broker's
 		return nil, ErrProcessGone
@@ -81,10 +90,12 @@ func NewProcess(pidfd *os.File) (_ *Process, err error) {
 // belongs to another. The caller closes the process.
 func FindProcess(pid int, inode uint64) (*Process, error) {
 	fd, err := unix.PidfdOpen(pid, 0)
-	if err == unix.ESRCH || err == unix.EINVAL {
+	switch err {
+	case nil:
+	case unix.ESRCH, unix.EINVAL, unix.ENOENT:
+		// A thread has the id now: EINVAL, ENOENT on newer kernels.
 		return nil, ErrProcessGone
-	}
-	if err != nil {
+	default:
 		return nil, fmt.Errorf("cannot open process %d: %w", pid, err)
 	}
 	p, err := NewProcess(os.NewFile(uintptr(fd), "pidfd"))
@@ -298,16 +309,25 @@ func InInitialUserNamespace() (bool, error) {
 	return own.inode == initialUserNamespace, err
 }
 
-// fdinfo returns the value of one field of /proc/self/fdinfo (proc(5)).
-func fdinfo(fd int, field string) (string, error) {
+// fdinfo returns the values of fields of /proc/self/fdinfo (proc(5)), in their
+// order.
+func fdinfo(fd int, fields ...string) ([]string, error) {
 	data, err := os.ReadFile("/proc/self/fdinfo/" + strconv.Itoa(fd))
 	if err != nil {
-		return "", err
+		return nil, err
 	}
+	values := make([]string, len(fields))
+	found := 0
 	for line := range bytes.Lines(data) {
-		if value, ok := bytes.CutPrefix(line, []byte(field)); ok {
-			return string(bytes.TrimSpace(value)), nil
+		for i, field := range fields {
+			if value, ok := bytes.CutPrefix(line, []byte(field)); ok {
+				values[i] = string(bytes.TrimSpace(value))
+				found++
+			}
 		}
 	}
-	return "", fmt.Errorf("cannot find %q in fdinfo", field)
+	if found != len(fields) {
+		return nil, fmt.Errorf("cannot find %q in fdinfo", fields)
+	}
+	return values, nil
 }

@@ -5,12 +5,12 @@ package kernel
 import (
 	"fmt"
 	"os"
+	"runtime"
+	"sync"
 	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/bpfbroker/bpfbroker/service/internal/rlimit"
 )
 
 // Suspended is a process in a new user and mount namespace, both its caller's
@@ -38,7 +38,7 @@ func Suspend(path string, argv, env []string, root bool) (_ *Suspended, err erro
 	if s.envp, err = syscall.SlicePtrFromStrings(env); err != nil {
 		return nil, fmt.Errorf("cannot pass the environment: %w", err)
 	}
-	if s.c, err = newChild(true); err != nil {
+	if s.c, err = newChild(); err != nil {
 		return nil, fmt.Errorf("cannot make a user namespace: %w", err)
 	}
 	s.PidFD = os.NewFile(uintptr(s.c.pidfd), "pidfd")
@@ -86,7 +86,7 @@ func (s *Suspended) Exec(capabilities []int) error {
 	for i := range c.caps {
 		c.caps[i] = unix.CapUserData{Effective: ^uint32(0), Permitted: ^uint32(0)}
 	}
-	c.limit = unix.Rlimit(rlimit.NoFile)
+	c.limit = startLimit()
 	batch := []call{
 		{number: unix.SYS_PRLIMIT64, args: [6]uintptr{0, unix.RLIMIT_NOFILE, uintptr(unsafe.Pointer(&c.limit))}},
 		{number: unix.SYS_CAPSET, args: [6]uintptr{uintptr(unsafe.Pointer(&c.capsH)), uintptr(unsafe.Pointer(&c.caps))}},
@@ -105,7 +105,8 @@ func (s *Suspended) Exec(capabilities []int) error {
 	_, failed, err := c.do(false, batch...)
 	// A successful execve closes the child's end of the socket pair and has
 	// no result to send.
-	if err == errChildGone {
+	if err == ErrHelperKilled {
+		runtime.UnlockOSThread()
 		c.free()
 		return nil
 	}
@@ -114,6 +115,20 @@ func (s *Suspended) Exec(capabilities []int) error {
 	}
 	return err
 }
+
+// startLimit is the limit on open files that this process was started with. Go
+// raises the soft limit to the hard one, which isn't for programs that use
+// select(2), and gives the old one only to what it executes itself. So it is
+// made to try: an exec that fails leaves the old limit in place.
+var startLimit = sync.OnceValue(func() unix.Rlimit {
+	var raised, start unix.Rlimit
+	// None of this can fail, but for the exec, which has no file to execute.
+	_ = unix.Getrlimit(unix.RLIMIT_NOFILE, &raised)
+	_ = syscall.Exec("", nil, nil)
+	_ = unix.Getrlimit(unix.RLIMIT_NOFILE, &start)
+	_, _, _ = unix.RawSyscall6(unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE, uintptr(unsafe.Pointer(&raised)), 0, 0, 0)
+	return start
+})
 
 // Signal sends a signal to the process.
 func (s *Suspended) Signal(signal syscall.Signal) error {
@@ -134,6 +149,7 @@ func (s *Suspended) Wait() (syscall.WaitStatus, error) {
 
 // Kill ends a process whose Exec did not succeed, and gives it up.
 func (s *Suspended) Kill() {
+	s.c.hung = true // to be waited for: it has nothing that could hold it up
 	s.c.kill()
 	_ = s.PidFD.Close()
 }

@@ -35,9 +35,9 @@ var (
 // asked for: it doesn't know some of the types, and wouldn't have said so.
 var ErrTokenMismatch = errors.New("the kernel delegates something else than was asked for")
 
-// ErrTargetHangs means that a call inside the target took too long: a path
-// there leads into a file system that doesn't answer.
-var ErrTargetHangs = errors.New("the target's file system does not answer")
+// ErrOwnerNotMapped means that the target has no id for its own owner, so that
+// the file system's root directory can't be the owner's.
+var ErrOwnerNotMapped = errors.New("the user namespace does not map the uid that owns it")
 
 // Filesystem is a BPF file system that was made in a target and isn't mounted
 // anywhere yet. It goes with Close unless it is taken or attached before.
@@ -64,7 +64,7 @@ const bpfTokenCreate = 36 // enum bpf_cmd, Linux 6.9
 // CAP_SETGID in the initial user namespace. The caller closes the file system,
 // from the same goroutine.
 func Delegate(n *Namespaces, d Delegation, owner uint32) (_ *Filesystem, err error) {
-	c, err := newChild(false)
+	c, err := newHelper(n)
 	if err != nil {
 		return nil, err
 	}
@@ -73,7 +73,7 @@ func Delegate(n *Namespaces, d Delegation, owner uint32) (_ *Filesystem, err err
 			c.kill()
 		}
 	}()
-	context, err := c.openFilesystem(n, owner)
+	context, err := c.openFilesystem(owner)
 	if err != nil {
 		return nil, err
 	}
@@ -136,12 +136,12 @@ var ErrNotMounted = errors.New("it is not mounted there any more")
 // Detach unmounts the BPF file system with the given number from a path in
 // the namespaces' mount namespace, or returns ErrNotMounted.
 func Detach(n *Namespaces, owner uint32, id uint64, at string) error {
-	c, err := newChild(false)
+	c, err := newHelper(n)
 	if err != nil {
 		return err
 	}
 	defer c.kill()
-	if _, _, err = c.do(false, c.enter(n, owner)...); err != nil {
+	if _, _, err = c.do(false, c.enter(owner)...); err != nil {
 		return fmt.Errorf("cannot enter the target: %w", err)
 	}
 	open := c.openPath(at)
@@ -172,7 +172,7 @@ const nobody = 65534
 // there (user_namespaces(7)), and needs none outside. Nobody may trace the
 // child on its way; each change of credentials makes a process dumpable again
 // where fs.suid_dumpable says so, and clears its parent-death signal.
-func (c *child) enter(n *Namespaces, owner uint32) []call {
+func (c *child) enter(owner uint32) []call {
 	undumpable := call{number: unix.SYS_PRCTL, args: [6]uintptr{unix.PR_SET_DUMPABLE, 0}}
 	uid := uintptr(owner)
 	return []call{
@@ -180,18 +180,18 @@ func (c *child) enter(n *Namespaces, owner uint32) []call {
 		{number: unix.SYS_SETRESGID, args: [6]uintptr{nobody, nobody, nobody}},
 		{number: unix.SYS_SETRESUID, args: [6]uintptr{uid, uid, uid}},
 		undumpable,
-		{number: unix.SYS_SETNS, args: [6]uintptr{uintptr(n.user), unix.CLONE_NEWUSER}},
+		{number: unix.SYS_SETNS, args: [6]uintptr{uintptr(c.namespaces.user), unix.CLONE_NEWUSER}},
 		undumpable,
 		{number: unix.SYS_PRCTL, args: [6]uintptr{unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL)}},
-		{number: unix.SYS_SETNS, args: [6]uintptr{uintptr(n.mount), unix.CLONE_NEWNS}},
+		{number: unix.SYS_SETNS, args: [6]uintptr{uintptr(c.namespaces.mount), unix.CLONE_NEWNS}},
 	}
 }
 
 // openFilesystem enters the namespaces and opens a file system context there,
 // which fixes the user namespace of the superblock. The context is the
 // caller's to close; the child keeps its own.
-func (c *child) openFilesystem(n *Namespaces, owner uint32) (int, error) {
-	entry := c.enter(n, owner)
+func (c *child) openFilesystem(owner uint32) (int, error) {
+	entry := c.enter(owner)
 	fd, failed, err := c.do(true, append(entry,
 		call{number: unix.SYS_FSOPEN, args: [6]uintptr{c.setName("bpf"), unix.FSOPEN_CLOEXEC}})...)
 	switch {
@@ -217,7 +217,11 @@ func configure(context int, d Delegation, uid uint32) error {
 		{"uid", strconv.FormatUint(uint64(uid), 10)},
 		{"mode", "0700"},
 	} {
-		if err := unix.FsconfigSetString(context, option.key, option.value); err != nil {
+		err := unix.FsconfigSetString(context, option.key, option.value)
+		if option.key == "uid" && err == unix.EINVAL {
+			return ErrOwnerNotMapped
+		}
+		if err != nil {
 			return fmt.Errorf("cannot set the BPF file system's option %s: %w", option.key, err)
 		}
 	}
@@ -255,10 +259,18 @@ func (c *child) checkToken(context uintptr, d Delegation) (mount uintptr, err er
 	if err != nil {
 		return 0, err
 	}
-	if got != d {
+	if !agrees(got.Commands, d.Commands) || !agrees(got.Maps, d.Maps) || !agrees(got.Programs, d.Programs) || !agrees(got.Attachments, d.Attachments) {
 		return 0, ErrTokenMismatch
 	}
 	return mount, nil
+}
+
+// agrees says whether a mask that TokenDelegation read can be the one that was
+// asked for. The kernel doesn't tell a mask with every type that it knows from
+// one with all bits; the first kernel with tokens knew more than 32 of each.
+func agrees(got, asked uint64) bool {
+	const oldest = 1<<33 - 1
+	return got == asked || got == allTypes && asked&oldest == oldest
 }
 
 func (c *child) openPath(at string) call {
@@ -293,14 +305,15 @@ func pathError(err error) error {
 	switch err {
 	case unix.ENOENT:
 		return ErrPathNotFound
+	case unix.ENAMETOOLONG:
+		return ErrPathInvalid
 	case unix.ELOOP:
 		return ErrPathIsLink
 	case unix.ENOTDIR:
 		return ErrPathNotDirectory
-	case unix.EACCES, unix.EPERM:
+	case unix.EACCES, unix.EPERM, unix.EOVERFLOW:
+		// EOVERFLOW: FUSE in a user namespace that doesn't map the helper's gid.
 		return ErrPathDenied
-	case unix.ETIMEDOUT:
-		return ErrTargetHangs
 	}
 	return err
 }
@@ -331,28 +344,21 @@ func createToken(attr *tokenCreateAttr) (int, error) {
 	return int(fd), nil
 }
 
+// allTypes is what a mask with every type that the kernel knows is read as.
+const allTypes = ^uint64(0)
+
 // TokenDelegation returns what a token allows, as fdinfo shows it on every
 // kernel that has tokens (kernel/bpf/token.c).
 func TokenDelegation(token int) (Delegation, error) {
 	var d Delegation
-	for _, field := range []struct {
-		name string
-		mask *uint64
-	}{
-		{"allowed_cmds:", &d.Commands},
-		{"allowed_maps:", &d.Maps},
-		{"allowed_progs:", &d.Programs},
-		{"allowed_attachs:", &d.Attachments},
-	} {
-		text, err := fdinfo(token, field.name)
-		if err != nil {
-			return d, fmt.Errorf("cannot read a token's rights: %w", err)
-		}
-		if text == "any" {
-			*field.mask = ^uint64(0)
-			continue
-		}
-		if *field.mask, err = strconv.ParseUint(text, 0, 64); err != nil {
+	texts, err := fdinfo(token, "allowed_cmds:", "allowed_maps:", "allowed_progs:", "allowed_attachs:")
+	if err != nil {
+		return d, fmt.Errorf("cannot read a token's rights: %w", err)
+	}
+	for i, mask := range []*uint64{&d.Commands, &d.Maps, &d.Programs, &d.Attachments} {
+		if texts[i] == "any" {
+			*mask = allTypes
+		} else if *mask, err = strconv.ParseUint(texts[i], 0, 64); err != nil {
 			return d, fmt.Errorf("cannot read a token's rights: %w", err)
 		}
 	}

@@ -109,7 +109,7 @@ func (w *Watcher) add(fd int, events uint32, key uint64) error {
 }
 
 // Forget ends the watch over a process. It must come before the process is
-// closed: a copy of the pidfd in a helper process would keep it in the set.
+// closed: whoever else has a copy of the pidfd would keep it in the set.
 func (w *Watcher) Forget(p *Process) {
 	_ = unix.EpollCtl(w.epoll, unix.EPOLL_CTL_DEL, p.FD(), nil)
 }
