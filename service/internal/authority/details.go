@@ -22,7 +22,7 @@ const (
 	// "unneeded" when the masks are all there is.
 	DetailGuard = "guard"
 	// DetailPrograms are the program types, in the kernel's lower-case spelling,
-	// sorted, with one space between.
+	// in the enum's order, with one space between.
 	DetailPrograms = "programs"
 	// DetailPeerUnit is the system manager's unit that the peer runs in, which
 	// nobody but root can give it. Empty when there is none.

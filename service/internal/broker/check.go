@@ -6,10 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strconv"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
+	"github.com/bpfbroker/bpfbroker/service/internal/peer"
 )
 
 // Finding says whether something works here for the caller.
@@ -42,13 +42,13 @@ func (b *Broker) checkProfile(ctx context.Context, c Caller, o Offer) Finding {
 	if o.Refusal != nil {
 		return verdict(subject, o.Refusal, "")
 	}
-	// As for a target of the caller's own that is in no unit.
-	err := b.authority.Check(ctx, authority.Subject{PidFD: c.Process.FD(), UID: c.UID}, tokenAction(o.Tier, false), map[string]string{
-		authority.DetailProfile:   o.Name,
-		authority.DetailTier:      o.Tier.String(),
-		authority.DetailGuard:     guardDetail(o.Profile),
-		authority.DetailTargetUID: strconv.FormatUint(uint64(c.UID), 10),
-	}, false)
+	unit, err := peer.UnitOf(c.Process)
+	if err != nil {
+		return verdict(subject, err, "")
+	}
+	// As for a target of the caller's own, where the caller is.
+	err = b.authority.Check(ctx, authority.Subject{PidFD: c.Process.FD(), UID: c.UID},
+		tokenAction(o.Tier, false), tokenDetailsOf(o.Profile, c.UID, unit, unit), false)
 	if errors.Is(err, authority.ErrChallenge) {
 		return Finding{Subject: subject, State: "ask", Reason: fmt.Sprintf("tier %s, after authentication", o.Tier), Remedy: "the administrator can allow it by a polkit rule"}
 	}

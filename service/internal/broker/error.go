@@ -40,6 +40,7 @@ var refusals = []struct {
 	{delegate.ErrNested, "NamespaceNested", "target", "use a user namespace that was made outside of every other"},
 	{delegate.ErrMountNotOwned, "MountNamespaceNotOwned", "target", "make a mount namespace along with the user namespace"},
 	{delegate.ErrMoved, "ProcessGone", "target", "ask again"},
+	{kernel.ErrOwnerNotMapped, "OwnerNotMapped", "target", "map the uid that owns the user namespace into it first"},
 	{kernel.ErrProcessGone, "ProcessGone", "target", "ask for a process that runs"},
 	{kernel.ErrNotPidFD, "NotAPidFD", "request", "pass a file descriptor from pidfd_open(2)"},
 	{kernel.ErrPathInvalid, "PathInvalid", "request", "pass an absolute path without \".\", \"..\" and double slashes"},

@@ -35,6 +35,10 @@ func (l *refusalLog) log(ctx context.Context, c Caller, profileName string, e *E
 		journal.LimitExceeded.Log(ctx, owner, slog.String(journal.KeyLimit, "refusals in the journal"))
 		return
 	}
+	if e.Layer == "limit" {
+		journal.LimitExceeded.Log(ctx, owner, slog.String(journal.KeyLimit, e.Reason))
+		return
+	}
 	journal.RequestRefused.Log(ctx,
 		slog.String(journal.KeyProfile, profileName),
 		owner,

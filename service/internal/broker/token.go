@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"reflect"
 	"strconv"
 	"strings"
 
@@ -81,7 +82,7 @@ func (b *Broker) grantToken(ctx context.Context, c Caller, profileName string, p
 	if err != nil {
 		return g, err
 	}
-	if again != p {
+	if !reflect.DeepEqual(again, p) {
 		return g, &Error{Name: "Busy", Reason: fmt.Sprintf("cannot grant %s: the profile has changed meanwhile", profileName), Layer: "profile", Remedy: "ask again"}
 	}
 	if err := target.Recheck(); err != nil {
@@ -164,20 +165,10 @@ func (b *Broker) authorizeToken(ctx context.Context, c Caller, p *profile.Profil
 			return err
 		}
 	}
-	tier := p.Tier(guarded)
 	others := target.Owner != c.UID
-	details := map[string]string{
-		authority.DetailProfile:        p.Name,
-		authority.DetailTier:           tier.String(),
-		authority.DetailGuard:          guardDetail(p),
-		authority.DetailPrograms:       strings.Join(profile.ProgramNames(p.Programs), " "),
-		authority.DetailTargetUID:      strconv.FormatUint(uint64(target.Owner), 10),
-		authority.DetailPeerUnit:       callerUnit.System,
-		authority.DetailPeerUserUnit:   callerUnit.User,
-		authority.DetailTargetUnit:     unit.System,
-		authority.DetailTargetUserUnit: unit.User,
-	}
-	err := b.authority.Check(ctx, authority.Subject{PidFD: c.Process.FD(), UID: c.UID}, tokenAction(tier, others), details, c.Interactive)
+	action := tokenAction(p.Tier(guarded), others)
+	details := tokenDetailsOf(p, target.Owner, callerUnit, unit)
+	err := b.authority.Check(ctx, authority.Subject{PidFD: c.Process.FD(), UID: c.UID}, action, details, c.Interactive)
 	denied := errors.Is(err, authority.ErrDenied) || errors.Is(err, authority.ErrChallenge) || errors.Is(err, authority.ErrDismissed)
 	if others && denied {
 		return &Error{
@@ -191,6 +182,22 @@ func (b *Broker) authorizeToken(ctx context.Context, c Caller, p *profile.Profil
 		return fmt.Errorf("cannot grant %s: %w", p.Name, err)
 	}
 	return nil
+}
+
+// tokenDetailsOf is what the authority is told: tokenDetails, from what the
+// kernel and the profile say.
+func tokenDetailsOf(p *profile.Profile, owner uint32, peerUnit, targetUnit peer.Unit) map[string]string {
+	return map[string]string{
+		authority.DetailProfile:        p.Name,
+		authority.DetailTier:           p.Tier(guarded).String(),
+		authority.DetailGuard:          guardDetail(p),
+		authority.DetailPrograms:       strings.Join(profile.ProgramNames(p.Programs), " "),
+		authority.DetailPeerUnit:       peerUnit.System,
+		authority.DetailPeerUserUnit:   peerUnit.User,
+		authority.DetailTargetUID:      strconv.FormatUint(uint64(owner), 10),
+		authority.DetailTargetUnit:     targetUnit.System,
+		authority.DetailTargetUserUnit: targetUnit.User,
+	}
 }
 
 func guardDetail(p *profile.Profile) string {

@@ -22,8 +22,8 @@ const (
 	KeyProfile = "profile" // the profile's name
 	KeyTier    = "tier"    // the tier as it is enforced
 	KeyOwner   = "owner"   // the uid of the peer that has, or wants, a grant
-	KeyProcess = "process" // the pid of that peer, for reading only
-	KeyUnit    = "unit"    // the unit of that peer, or empty
+	KeyProcess = "process" // the pid of the grant's process, or of the peer that was refused
+	KeyUnit    = "unit"    // the unit of that process, or empty
 	KeyTarget  = "target"  // the uid that owns the target
 	KeyLayer   = "layer"   // what refused: request, profile, target, polkit, kernel, guard, limit
 	KeyReason  = "reason"  // why, as the peer was told
