@@ -88,3 +88,7 @@ systemctl --root="$root" enable machine-mounts.service machine-command.service
 # Tests read what the journal says: nothing may be dropped.
 mkdir -p "$root/etc/systemd/journald.conf.d"
 printf '[Journal]\nRateLimitIntervalSec=0\n' >"$root/etc/systemd/journald.conf.d/machine.conf"
+
+# A user's manager ends with the last session, so that tests see what sessions leave.
+mkdir -p "$root/etc/systemd/logind.conf.d"
+printf '[Login]\nUserStopDelaySec=0\n' >"$root/etc/systemd/logind.conf.d/machine.conf"

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build kernels
+
+// Package kernels runs test suites on other kernels than the host's. It needs root, QEMU and, the first time, the network.
+package kernels
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/bpfbroker/bpfbroker/test/machines"
+)
+
+// suites are the packages whose tests run on each kernel.
+var suites = []struct {
+	kernel   string
+	packages []string
+}{
+	// It has neither BPF tokens nor the pidfd of a socket's peer.
+	{"6.1", []string{"test/kernels/daemon"}},
+	{"6.12", []string{"service/internal/kernel", "service/internal/delegate", "service/internal/grant", "service/internal/broker"}},
+	{"7.2", []string{"service/internal/kernel", "service/internal/delegate", "service/internal/grant", "service/internal/broker"}},
+}
+
+// results holds a line for each suite that has run.
+var results struct {
+	sync.Mutex
+	lines map[string]string
+}
+
+func TestMain(m *testing.M) {
+	results.lines = map[string]string{}
+	code := m.Run()
+	for _, s := range suites {
+		for _, pkg := range s.packages {
+			fmt.Print(results.lines[s.kernel+" "+path.Base(pkg)])
+		}
+	}
+	os.Exit(code)
+}
+
+func TestSuites(t *testing.T) {
+	for _, s := range suites {
+		for _, pkg := range s.packages {
+			t.Run(s.kernel+"/"+path.Base(pkg), func(t *testing.T) {
+				t.Parallel()
+				start := time.Now()
+				defer func() { record(t, s.kernel, pkg, time.Since(start)) }()
+				runSuite(t, s.kernel, pkg)
+			})
+		}
+	}
+}
+
+// record keeps a suite's line for the end.
+func record(t *testing.T, kernel, pkg string, took time.Duration) {
+	verdict := "ok"
+	if t.Failed() {
+		verdict = "FAILED"
+	}
+	results.Lock()
+	defer results.Unlock()
+	name := kernel + " " + path.Base(pkg)
+	results.lines[name] = fmt.Sprintf("%s %s (%.1f s)\n", name, verdict, took.Seconds())
+}
+
+var (
+	passed  = regexp.MustCompile(`(?m)^--- PASS: `)
+	skipped = regexp.MustCompile(`(?m)^\s*--- SKIP: `)
+)
+
+// runSuite runs a package's tests on a kernel, and fails the test if one of them fails or is skipped, or if there are none.
+func runSuite(t *testing.T, kernel, pkg string) {
+	suite, daemon := filepath.Join(t.TempDir(), "suite"), filepath.Join(t.TempDir(), "bpfbrokerd")
+	compile(t, "test", "-c", "-tags", "root kernels", "-o", suite, "./"+pkg)
+	if _, err := os.Stat(suite); err != nil {
+		t.Fatalf("%s has no tests", pkg) // which is no error to the go command
+	}
+	compile(t, "build", "-o", daemon, "./cmd/bpfbrokerd")
+	image, err := machines.Kernel(t.Context(), kernel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	output, code, err := machines.RunInKernel(t.Context(), image, map[string]string{
+		"/suite":                  suite,
+		"/usr/libexec/bpfbrokerd": daemon,
+	}, []string{"/suite", "-test.v", "-test.timeout=100s"}, []string{"CI=true"})
+	switch {
+	case err != nil:
+		t.Error(err)
+	case code != 0:
+		t.Errorf("exit code %d", code)
+	case !passed.Match(output):
+		t.Error("no test has run")
+	case skipped.Match(output):
+		t.Error("a test was skipped")
+	}
+	if t.Failed() {
+		t.Logf("the suite printed:\n%s", output)
+	}
+}
+
+// compile has the go command make a static program, from the top of the source tree.
+func compile(t *testing.T, args ...string) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "go", args...)
+	cmd.Dir = "../.."
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if output, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("cannot run go %s: %v\n%s", strings.Join(args, " "), err, output)
+	}
+}
