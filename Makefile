@@ -10,6 +10,7 @@ UNITDIR ?= /usr/lib/systemd/system
 CATALOGDIR ?= /usr/lib/systemd/catalog
 PROFILEDIR ?= /usr/lib/bpfbroker/profiles.d
 POLKITDIR ?= /usr/share/polkit-1/actions
+DBUSDIR ?= /usr/share/dbus-1
 VERSION ?= 0.1
 GO ?= go
 BUILD ?= build
@@ -43,6 +44,9 @@ install: all
 	install -D -m 0755 -t $(DESTDIR)$(LIBEXECDIR) $(BUILD)/bpfbrokerd
 	install -D -m 0644 -t $(DESTDIR)$(UNITDIR) units/bpfbroker.socket $(BUILD)/bpfbroker.service
 	install -D -m 0644 -t $(DESTDIR)$(POLKITDIR) polkit/org.bpfbroker.policy
+	install -D -m 0644 -t $(DESTDIR)$(DBUSDIR)/system.d packaging/dbus/org.bpfbroker.Broker1.conf
+	install -D -m 0644 -t $(DESTDIR)$(DBUSDIR)/system-services packaging/dbus/org.bpfbroker.Broker1.service
+	install -D -m 0644 -t $(DESTDIR)$(DBUSDIR)/interfaces packaging/dbus/org.bpfbroker.Broker1.xml
 	install -D -m 0644 -t $(DESTDIR)$(CATALOGDIR) packaging/journal/bpfbroker.catalog
 	install -D -m 0644 -t $(DESTDIR)$(PROFILEDIR) packaging/profiles/*.profile
 	install -D -m 0644 -t $(DESTDIR)$(DATADIR)/doc/bpfbroker/polkit polkit/examples/*.rules
@@ -67,6 +71,8 @@ uninstall:
 	rm -f $(DESTDIR)$(BINDIR)/bpfbroker $(DESTDIR)$(LIBEXECDIR)/bpfbrokerd
 	rm -f $(DESTDIR)$(UNITDIR)/bpfbroker.socket $(DESTDIR)$(UNITDIR)/bpfbroker.service
 	rm -f $(DESTDIR)$(POLKITDIR)/org.bpfbroker.policy $(DESTDIR)$(CATALOGDIR)/bpfbroker.catalog
+	rm -f $(DESTDIR)$(DBUSDIR)/system.d/org.bpfbroker.Broker1.conf $(DESTDIR)$(DBUSDIR)/system-services/org.bpfbroker.Broker1.service
+	rm -f $(DESTDIR)$(DBUSDIR)/interfaces/org.bpfbroker.Broker1.xml
 	rm -rf $(DESTDIR)$(PROFILEDIR) $(DESTDIR)$(DATADIR)/doc/bpfbroker
 	rm -f $(DESTDIR)$(MANDIR)/man1/bpfbroker.1 $(DESTDIR)$(MANDIR)/man5/bpfbroker-profiles.5 $(DESTDIR)$(MANDIR)/man8/bpfbrokerd.8
 	rm -f $(DESTDIR)$(DATADIR)/bash-completion/completions/bpfbroker $(DESTDIR)$(DATADIR)/zsh/site-functions/_bpfbroker

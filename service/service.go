@@ -20,9 +20,10 @@ import (
 
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
 	"github.com/bpfbroker/bpfbroker/service/internal/broker"
+	"github.com/bpfbroker/bpfbroker/service/internal/bus"
 	"github.com/bpfbroker/bpfbroker/service/internal/journal"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
-	"github.com/bpfbroker/bpfbroker/service/internal/peer"
+	"github.com/bpfbroker/bpfbroker/service/internal/limit"
 	"github.com/bpfbroker/bpfbroker/service/internal/profile"
 	"github.com/bpfbroker/bpfbroker/service/internal/varlink"
 )
@@ -42,7 +43,11 @@ const (
 // Run serves until SIGTERM, SIGINT or idleness. It needs the listening socket
 // from systemd (sd_listen_fds(3)).
 func Run(version string) error {
-	slog.SetDefault(slog.New(journal.NewHandler(slog.LevelInfo)))
+	var level slog.LevelVar
+	slog.SetDefault(slog.New(journal.NewHandler(&level)))
+	if err := kernel.ReserveDescriptors(); err != nil {
+		return err
+	}
 	// Before READY=1, from which on systemd may send it.
 	reload := make(chan os.Signal, 1)
 	signal.Notify(reload, syscall.SIGHUP)
@@ -67,7 +72,12 @@ func Run(version string) error {
 		return err
 	}
 	defer b.Close()
-	front, err := varlink.NewFront(b, version)
+	users := limit.NewUsers(limit.Requests, limit.Rate, limit.Burst)
+	socket, err := varlink.NewFront(b, users, version)
+	if err != nil {
+		return err
+	}
+	bus, err := bus.New(bus.Config{Broker: b, Users: users, OpenProcess: kernel.OpenProcess, LogLevel: &level})
 	if err != nil {
 		return err
 	}
@@ -82,14 +92,18 @@ func Run(version string) error {
 		}
 	}()
 	go func() {
-		waitIdle(ctx, front, b)
+		waitIdle(ctx, b, socket, bus)
 		notify(daemon.SdNotifyStopping)
 		cancel()
 	}()
 	go watchdog(ctx)
 
+	served := make(chan error, 1)
+	go func() { served <- bus.Serve(ctx) }()
 	notify(daemon.SdNotifyReady)
-	return front.Serve(ctx, listener)
+	err = socket.Serve(ctx, listener)
+	cancel()
+	return errors.Join(err, <-served)
 }
 
 // CheckConfig returns what is wrong with the profiles.
@@ -115,7 +129,7 @@ func listen() (*net.UnixListener, error) {
 
 // waitIdle returns when ctx ends, or when nobody has been connected for a
 // while and there is no grant whose end the daemon would have to see to.
-func waitIdle(ctx context.Context, front *varlink.Server[*peer.Peer], b *broker.Broker) {
+func waitIdle(ctx context.Context, b *broker.Broker, fronts ...interface{ IdleSince() (time.Time, bool) }) {
 	wait := idleTime
 	for {
 		select {
@@ -124,8 +138,17 @@ func waitIdle(ctx context.Context, front *varlink.Server[*peer.Peer], b *broker.
 		case <-time.After(wait):
 		}
 		wait = idleTime
-		if since, idle := front.IdleSince(); idle && b.Grants() == 0 {
-			if wait = idleTime - time.Since(since); wait <= 0 {
+		idle := b.Grants() == 0
+		var last time.Time
+		for _, front := range fronts {
+			since, quiet := front.IdleSince()
+			idle = idle && quiet
+			if since.After(last) {
+				last = since
+			}
+		}
+		if idle {
+			if wait = idleTime - time.Since(last); wait <= 0 {
 				return
 			}
 		}

@@ -13,14 +13,15 @@ import (
 )
 
 func (a *app) listCommand() *cobra.Command {
-	return &cobra.Command{
+	var all bool
+	command := &cobra.Command{
 		Use:   "list",
-		Short: "List your grants",
+		Short: "List grants",
 		Args:  cobra.NoArgs,
 		RunE: func(command *cobra.Command, _ []string) error {
 			c := a.client()
 			defer c.Close()
-			grants, err := c.ListGrants(command.Context())
+			grants, err := c.ListGrants(command.Context(), all)
 			if err != nil {
 				return err
 			}
@@ -40,12 +41,14 @@ func (a *app) listCommand() *cobra.Command {
 			return a.printTable(t)
 		},
 	}
+	command.Flags().BoolVar(&all, "all", false, "list the grants of all users")
+	return command
 }
 
 func (a *app) revokeCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:               "revoke GRANT…",
-		Short:             "End grants of yours",
+		Short:             "End grants",
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: a.completeGrants,
 		RunE: func(command *cobra.Command, args []string) error {
@@ -77,7 +80,7 @@ func (a *app) revokeCommand() *cobra.Command {
 func (a *app) completeGrants(command *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
 	c := a.client()
 	defer c.Close()
-	grants, err := c.ListGrants(command.Context())
+	grants, err := c.ListGrants(command.Context(), false)
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveError
 	}

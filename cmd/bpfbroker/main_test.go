@@ -50,9 +50,10 @@ func tellSignals() {
 
 // request is what the fake broker sees of a request.
 type request struct {
-	Method      string         `json:"method"`
-	Parameters  map[string]any `json:"parameters"`
-	Interactive bool           `json:"allowInteractiveAuthentication"`
+	Method     string         `json:"method"`
+	Parameters map[string]any `json:"parameters"`
+
+	interactive bool
 	files       int
 }
 
@@ -107,6 +108,7 @@ func (f *fake) serve(conn *net.UnixConn, answer func(request) any) {
 		if err := json.Unmarshal(data[:len(data)-1], &q); err != nil {
 			panic(err)
 		}
+		q.interactive, _ = q.Parameters["allowInteractiveAuthentication"].(bool)
 		q.files, r.files = r.files, 0
 		f.mu.Lock()
 		f.requests = append(f.requests, q)

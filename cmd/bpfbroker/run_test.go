@@ -374,8 +374,8 @@ func TestLater(t *testing.T) {
 	}
 	want := []request{{
 		Method:      "org.bpfbroker.Broker.MountToken",
-		Parameters:  map[string]any{"profile": "network", "processFileDescriptor": 0.0, "path": "/sys/fs/bpf"},
-		Interactive: true, files: 1,
+		Parameters:  map[string]any{"profile": "network", "processFileDescriptor": 0.0, "path": "/sys/fs/bpf", "allowInteractiveAuthentication": true},
+		interactive: true, files: 1,
 	}}
 	if diff := cmp.Diff(want, f.seen(), cmp.AllowUnexported(request{})); diff != "" {
 		t.Error(diff)
@@ -488,9 +488,9 @@ func TestAgent(t *testing.T) {
 	}
 	f := newFake(t, func(r request) any {
 		switch {
-		case r.Parameters["profile"] == "asked" && !r.Interactive:
+		case r.Parameters["profile"] == "asked" && !r.interactive:
 			return refusal{"InteractionRequired", "cannot grant asked: somebody has to authenticate", "polkit", "have an agent"}
-		case r.Parameters["profile"] == "denied" && !r.Interactive:
+		case r.Parameters["profile"] == "denied" && !r.interactive:
 			return refusal{"InteractionRequired", "cannot grant denied: somebody has to authenticate", "polkit", "have an agent"}
 		case r.Parameters["profile"] == "denied":
 			return refusal{"NotAuthorized", "cannot grant denied: dismissed", "polkit", "authenticate"}
@@ -530,7 +530,7 @@ func TestAgent(t *testing.T) {
 	t.Run("interrupted", func(t *testing.T) {
 		t.Parallel()
 		f := newFake(t, func(r request) any {
-			if r.Interactive {
+			if r.interactive {
 				select {}
 			}
 			return refusal{"InteractionRequired", "cannot grant asked: somebody has to authenticate", "polkit", "have an agent"}

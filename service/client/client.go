@@ -159,7 +159,8 @@ func (c *Client) MountToken(ctx context.Context, profile string, pidfd *os.File,
 		Profile string `json:"profile"`
 		Process int    `json:"processFileDescriptor"`
 		Path    string `json:"path"`
-	}{profile, 0, path}
+		interaction
+	}{profile, 0, path, c.interaction()}
 	var out struct {
 		Grant *Grant `json:"grant"`
 	}
@@ -170,28 +171,56 @@ func (c *Client) MountToken(ctx context.Context, profile string, pidfd *os.File,
 	return out.Grant, err
 }
 
-// ListGrants returns the user's own grants, the oldest first.
-func (c *Client) ListGrants(ctx context.Context) ([]Grant, error) {
+// ListGrants returns the user's own grants, or those of all users if all is set
+// and polkit allows that, the oldest first.
+func (c *Client) ListGrants(ctx context.Context, all bool) ([]Grant, error) {
+	in := struct {
+		All bool `json:"all,omitempty"`
+		interaction
+	}{all, c.interaction()}
 	var out struct {
 		Grants []Grant `json:"grants"`
 	}
-	err := c.call(ctx, "ListGrants", struct{}{}, &out)
+	err := c.call(ctx, "ListGrants", in, &out)
 	return out.Grants, err
 }
 
-// RevokeGrant ends one of the user's own grants and returns, in phrases for
-// people, what that did not reach. An *Error NoSuchGrant says that there is no
-// such grant.
+// RenewGrant gives a grant the lease that its profile has now, from now, and
+// returns it as it is then. polkit decides as for a new one. An *Error
+// NoSuchGrant says that there is no such grant.
+func (c *Client) RenewGrant(ctx context.Context, id string) (*Grant, error) {
+	var out struct {
+		Grant *Grant `json:"grant"`
+	}
+	err := c.call(ctx, "RenewGrant", grantParameters{id, c.interaction()}, &out)
+	if err == nil && out.Grant == nil {
+		err = errBadReply
+	}
+	return out.Grant, err
+}
+
+// RevokeGrant ends a grant of the user's own, or another's if polkit allows
+// that, and returns, in phrases for people, what that did not reach. An *Error
+// NoSuchGrant says that there is no such grant.
 func (c *Client) RevokeGrant(ctx context.Context, id string) (notReached []string, err error) {
-	in := struct {
-		Grant string `json:"grant"`
-	}{id}
 	var out struct {
 		NotReached []string `json:"notReached"`
 	}
-	err = c.call(ctx, "RevokeGrant", in, &out)
+	err = c.call(ctx, "RevokeGrant", grantParameters{id, c.interaction()}, &out)
 	return out.NotReached, err
 }
+
+type grantParameters struct {
+	Grant string `json:"grant"`
+	interaction
+}
+
+// interaction is the parameter of requests that polkit decides.
+type interaction struct {
+	Allow bool `json:"allowInteractiveAuthentication,omitempty"`
+}
+
+func (c *Client) interaction() interaction { return interaction{c.interactive} }
 
 // Check returns what the broker finds that the user can and cannot have. See
 // CheckLocal for what is needed on this side.
@@ -227,11 +256,7 @@ func (c *Client) callForFiles(ctx context.Context, method string, in, out any, f
 	}
 	defer func() { <-c.turn }()
 
-	request := wire.Request{
-		Method:                         brokerInterface + method,
-		Parameters:                     parameters,
-		AllowInteractiveAuthentication: c.interactive,
-	}
+	request := wire.Request{Method: brokerInterface + method, Parameters: parameters}
 	reused := c.conn != nil
 	data, received, err := c.exchange(ctx, request, files)
 	// The broker hangs up on idle connections. These errors say that it had not

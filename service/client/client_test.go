@@ -64,7 +64,7 @@ func TestMethods(t *testing.T) {
 		},
 		{
 			"ListGrants", `{}`, `{"grants":[` + grantJSON + `]}`,
-			func(ctx context.Context, c *Client) (any, error) { return c.ListGrants(ctx) },
+			func(ctx context.Context, c *Client) (any, error) { return c.ListGrants(ctx, false) },
 			[]Grant{wantGrant},
 		},
 		{
@@ -229,18 +229,18 @@ func TestBadReplies(t *testing.T) {
 func TestInteraction(t *testing.T) {
 	t.Parallel()
 	f := newFake(t, parameters(`{"grants":[]}`))
-	if _, err := f.client(t, WithInteraction()).ListGrants(t.Context()); err != nil {
+	if _, err := f.client(t, WithInteraction()).ListGrants(t.Context(), true); err != nil {
 		t.Fatal(err)
 	}
-	if !f.seen()[0].AllowInteractiveAuthentication {
-		t.Error("interaction is not allowed")
+	if got := string(f.seen()[0].Parameters); got != `{"all":true,"allowInteractiveAuthentication":true}` {
+		t.Errorf("the parameters are %s", got)
 	}
 }
 
 func TestUnreachable(t *testing.T) {
 	t.Parallel()
 	c := New(WithSocket(filepath.Join(t.TempDir(), "s")))
-	if _, err := c.ListGrants(t.Context()); !errors.Is(err, ErrUnreachable) || !errors.Is(err, os.ErrNotExist) {
+	if _, err := c.ListGrants(t.Context(), true); !errors.Is(err, ErrUnreachable) || !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("got %v", err)
 	}
 	if err := c.Close(); err != nil {
@@ -254,7 +254,7 @@ func TestIdle(t *testing.T) {
 	f := newFake(t, parameters(`{"grants":[]}`))
 	c := f.client(t)
 	for range 3 {
-		if _, err := c.ListGrants(t.Context()); err != nil {
+		if _, err := c.ListGrants(t.Context(), true); err != nil {
 			t.Fatal(err)
 		}
 		f.hangUp()
@@ -301,7 +301,7 @@ func TestTurnedAway(t *testing.T) {
 	c := New(WithSocket(socket))
 	defer c.Close()
 	for range 50 {
-		_, err := c.ListGrants(t.Context())
+		_, err := c.ListGrants(t.Context(), true)
 		var refusal *Error
 		if !errors.As(err, &refusal) || refusal.Name != "TooManyConnections" {
 			t.Fatalf("got %v", err)
@@ -322,7 +322,7 @@ func TestCancel(t *testing.T) {
 	waiting := make(chan error)
 	go func() { // waits its turn
 		time.Sleep(10 * time.Millisecond)
-		_, err := c.ListGrants(ctx)
+		_, err := c.ListGrants(ctx, false)
 		waiting <- err
 	}()
 	_, err := c.MountToken(ctx, "x", os.Stderr, "/")
@@ -334,7 +334,7 @@ func TestCancel(t *testing.T) {
 	}
 	f.setAnswer(parameters(`{"grants":[]}`))
 	close(silent)
-	if _, err := c.ListGrants(t.Context()); err != nil {
+	if _, err := c.ListGrants(t.Context(), true); err != nil {
 		t.Error(err)
 	}
 }
@@ -343,7 +343,7 @@ func TestLongReply(t *testing.T) {
 	t.Parallel()
 	grants := strings.Repeat(grantJSON+",", 5000) + grantJSON
 	c := newFake(t, parameters(`{"grants":[`+grants+`]}`)).client(t)
-	got, err := c.ListGrants(t.Context())
+	got, err := c.ListGrants(t.Context(), true)
 	if err != nil || len(got) != 5001 {
 		t.Errorf("got %d grants, error %v", len(got), err)
 	}

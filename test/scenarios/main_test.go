@@ -159,7 +159,8 @@ func eventually(t *testing.T, what string, is func() bool) {
 // waits for what it prints first.
 func start(t *testing.T, user, command string) (cmd *exec.Cmd, first string) {
 	t.Helper()
-	cmd = machine.Command(t.Context(), user, "bash", "-c", command)
+	// The test's own context ends before its cleanups.
+	cmd = machine.Command(context.WithoutCancel(t.Context()), user, "bash", "-c", command)
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -173,7 +174,9 @@ func start(t *testing.T, user, command string) (cmd *exec.Cmd, first string) {
 	}
 	t.Cleanup(func() {
 		_ = stdin.Close()
-		_ = machines.Signal(cmd, syscall.SIGKILL)
+		_ = machines.Signal(cmd, syscall.SIGTERM) // which bpfbroker passes on
+		hard := time.AfterFunc(5*time.Second, func() { _ = machines.Signal(cmd, syscall.SIGKILL) })
+		defer hard.Stop()
 		_ = cmd.Wait()
 	})
 	buffer := make([]byte, 4096)

@@ -94,7 +94,7 @@ func TestRunForwardsSignals(t *testing.T) {
 
 func TestListAndRevoke(t *testing.T) {
 	leavesNothing(t)
-	start(t, "alice", "bpfbroker run -p network -- bash -c 'echo ready; sleep 60'")
+	start(t, "alice", "exec bpfbroker run -p network -- bash -c 'echo ready; exec sleep 60'")
 	var grants []struct {
 		ID, Profile, Tier, Path string
 		Owner                   int
@@ -132,7 +132,7 @@ func TestListAndRevoke(t *testing.T) {
 // A grant ends with its process.
 func TestGrantEndsWithProcess(t *testing.T) {
 	leavesNothing(t)
-	cmd, _ := start(t, "alice", "exec bpfbroker run -p network -- bash -c 'echo ready; sleep 60'")
+	cmd, _ := start(t, "alice", "exec bpfbroker run -p network -- bash -c 'echo ready; exec sleep 60'")
 	id := must(t, "alice", "bpfbroker list --no-legend | cut -d' ' -f1")
 	if err := machines.Signal(cmd, syscall.SIGTERM); err != nil {
 		t.Fatal(err)
@@ -144,7 +144,7 @@ func TestGrantEndsWithProcess(t *testing.T) {
 // the profile's masks and nothing else.
 func TestTokenForOneself(t *testing.T) {
 	leavesNothing(t)
-	_, first := start(t, "alice", "unshare -Urm token-client token network")
+	_, first := start(t, "alice", "exec unshare -Urm token-client token network")
 	for _, line := range []string{"allowed_cmds:\t0x40021\n"} {
 		if !strings.Contains(first, line) {
 			t.Errorf("the token says %q, want %q", first, line)

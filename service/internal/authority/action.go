@@ -18,3 +18,7 @@ const (
 	TokenUnlimited       Action = "org.bpfbroker.token-unlimited"
 	TokenUnlimitedOthers Action = "org.bpfbroker.token-unlimited-others"
 )
+
+// ManageGrants is the action for seeing, renewing and ending the grants of other
+// users. It has no details: a dialog would tell what it is asked for.
+const ManageGrants Action = "org.bpfbroker.manage-grants"

@@ -52,6 +52,9 @@ type Subject struct {
 	PidFD int
 	// UID is the peer's uid.
 	UID uint32
+	// BusName is the unique name of a peer that came by the bus, "" for others.
+	// polkit then asks the bus for the process, and PidFD isn't used.
+	BusName string
 }
 
 // A Polkit asks polkit over the system bus. It connects when first needed and
@@ -201,6 +204,11 @@ func checkCall(subject Subject, action Action, details map[string]string, flags 
 	type polkitSubject struct {
 		Kind    string
 		Details map[string]dbus.Variant
+	}
+	if subject.BusName != "" {
+		return methodCall(polkitName, polkitPath, polkitInterface, "CheckAuthorization",
+			polkitSubject{"system-bus-name", map[string]dbus.Variant{"name": dbus.MakeVariant(subject.BusName)}},
+			string(action), details, flags, cancellationID)
 	}
 	call := methodCall(polkitName, polkitPath, polkitInterface, "CheckAuthorization",
 		polkitSubject{"unix-process", map[string]dbus.Variant{

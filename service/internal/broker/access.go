@@ -9,8 +9,7 @@ import (
 
 // Access says who may call a method.
 type Access struct {
-	// Actions are the polkit actions, one of which is asked; none for a method
-	// that anybody may call for what is their own.
+	// Actions are the polkit actions that may be asked.
 	Actions []authority.Action
 	// Details are the keys of what polkit is told.
 	Details []string
@@ -22,12 +21,17 @@ type Access struct {
 var Methods = map[string]Access{
 	"ListProfiles":    {},
 	"DescribeProfile": {},
-	"ListGrants":      {},
-	"RevokeGrant":     {},
+	"ListGrants":      {Actions: manageActions},
+	"GetGrant":        {Actions: manageActions},
+	"RenewGrant":      {Actions: append(manageActions, tokenActions...), Details: tokenDetails},
+	"RevokeGrant":     {Actions: manageActions},
 	"Check":           {},
 	"AcquireToken":    {Actions: tokenActions, Details: tokenDetails},
 	"MountToken":      {Actions: tokenActions, Details: tokenDetails, Files: 1},
 }
+
+// manageActions is for the grants of others. One's own need none.
+var manageActions = []authority.Action{authority.ManageGrants}
 
 var tokenActions = []authority.Action{
 	authority.TokenBasic, authority.TokenBasicOthers,

@@ -29,6 +29,7 @@ type Broker struct {
 	authority Authority
 	ledger    *grant.Ledger
 	refusals  refusalLog
+	watchers  watchers
 	profiles  atomic.Pointer[profile.Set]
 }
 
@@ -56,13 +57,22 @@ func (b *Broker) SetProfiles(profiles *profile.Set) {
 func (b *Broker) Grants() int { return b.ledger.Len() }
 
 // Close stops the broker. The grants stay.
-func (b *Broker) Close() { b.ledger.Close() }
+func (b *Broker) Close() {
+	b.ledger.Close()
+	b.watchers.close()
+}
 
 // Caller is who makes a request, and how.
 type Caller struct {
 	*peer.Peer
 	// Interactive says that the user may be asked for a password.
 	Interactive bool
+	// BusName is the caller's unique name on the bus, "" on the socket.
+	BusName string
+}
+
+func (c Caller) subject() authority.Subject {
+	return authority.Subject{PidFD: c.Process.FD(), UID: c.UID, BusName: c.BusName}
 }
 
 // unitName is the caller's unit for the journal, "" if it has none or has gone.
@@ -79,13 +89,14 @@ func undo(g grant.Grant, process *kernel.Process) error {
 	return delegate.Unmount(process, g.Mount, g.Path)
 }
 
-// ended writes into the journal that a grant is over.
+// ended writes into the journal that a grant is over; who revokes one writes
+// that down with a name.
 func (b *Broker) ended(g grant.Grant, reason grant.Reason, err error) {
-	attrs := grantAttrs(g)
+	b.watchers.tell(func(w Watcher) { w.Ended(g, reason) })
 	if reason == grant.Revoked {
-		// Only one's own grants can be revoked.
-		attrs = append(attrs, slog.Uint64(journal.KeyBy, uint64(g.Owner)))
+		return
 	}
+	attrs := grantAttrs(g)
 	if err != nil {
 		attrs = append(attrs, slog.String(journal.KeyReason, err.Error()))
 	}
@@ -94,7 +105,6 @@ func (b *Broker) ended(g grant.Grant, reason grant.Reason, err error) {
 
 var endings = map[grant.Reason]journal.Event{
 	grant.Expired: journal.GrantExpired,
-	grant.Revoked: journal.GrantRevoked,
 	grant.Exited:  journal.GrantProcessEnded,
 	grant.Undone:  journal.GrantUndone,
 }

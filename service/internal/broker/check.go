@@ -47,7 +47,7 @@ func (b *Broker) checkProfile(ctx context.Context, c Caller, o Offer) Finding {
 		return verdict(subject, err, "")
 	}
 	// As for a target of the caller's own, where the caller is.
-	err = b.authority.Check(ctx, authority.Subject{PidFD: c.Process.FD(), UID: c.UID},
+	err = b.authority.Check(ctx, c.subject(),
 		tokenAction(o.Tier, false), tokenDetailsOf(o.Profile, c.UID, unit, unit), false)
 	if errors.Is(err, authority.ErrChallenge) {
 		return Finding{Subject: subject, State: "ask", Reason: fmt.Sprintf("tier %s, after authentication", o.Tier), Remedy: "the administrator can allow it by a polkit rule"}

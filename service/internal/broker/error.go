@@ -48,6 +48,7 @@ var refusals = []struct {
 	{kernel.ErrPathIsLink, "PathIsLink", "target", "name the directory itself"},
 	{kernel.ErrPathNotDirectory, "PathNotDirectory", "target", "name a directory"},
 	{kernel.ErrPathDenied, "PathDenied", "target", "name a directory that the owner of the user namespace can reach"},
+	{kernel.ErrHelperKilled, "Busy", "target", "ask again, and let bpfbroker's helper process in the target live"},
 	{kernel.ErrTargetHangs, "TargetHangs", "target", "name a path outside of file systems that don't answer"},
 	{kernel.ErrTokenMismatch, "NotDelegatable", "kernel", "take the types that this kernel doesn't know out of the profile"},
 	{kernel.ErrNotSupported, "KernelNotSupported", "kernel", "use Linux 6.11 or newer, with CONFIG_BPF_SYSCALL"},
@@ -62,6 +63,10 @@ var refusals = []struct {
 	{context.DeadlineExceeded, "AuthorizationTimeout", "polkit", "answer sooner, or ask the administrator for a polkit rule"},
 	{context.Canceled, "Canceled", "request", ""},
 }
+
+// failures bounds what errors without a name write into the journal, as users
+// may find out how to cause them.
+var failures refusalLog
 
 // Refuse turns an error of a layer below into an *Error. What has no name
 // there is nothing that a peer could understand or should learn.
@@ -79,6 +84,8 @@ func Refuse(err error) *Error {
 			return &Error{Name: r.name, Reason: err.Error(), Layer: r.layer, Remedy: r.remedy}
 		}
 	}
-	slog.Error("a request failed", "error", err)
+	if failures.next(0) <= refusalsLogged {
+		slog.Error("a request failed", "error", err)
+	}
 	return &Error{Name: "Internal", Reason: "cannot do it: an internal error, which the journal has", Layer: "kernel", Remedy: "see \"journalctl -u bpfbroker.service\""}
 }

@@ -3,35 +3,95 @@
 package broker
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 
+	"github.com/bpfbroker/bpfbroker/service/internal/authority"
+	"github.com/bpfbroker/bpfbroker/service/internal/delegate"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
+	"github.com/bpfbroker/bpfbroker/service/internal/journal"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
+	"github.com/bpfbroker/bpfbroker/service/internal/peer"
 )
 
-// ListGrants returns the caller's own grants, the oldest first.
-func (b *Broker) ListGrants(c Caller) []grant.Grant { return b.ledger.List(c.UID) }
+// ListGrants returns the caller's own grants, or those of all users, the oldest
+// first.
+func (b *Broker) ListGrants(ctx context.Context, c Caller, all bool) ([]grant.Grant, error) {
+	if all {
+		if err := b.authorizeManaging(ctx, c); err != nil {
+			return nil, Refuse(fmt.Errorf("cannot list the grants of all users: %w", err))
+		}
+	}
+	return b.ledger.List(func(g grant.Grant) bool { return all || g.Owner == c.UID }), nil
+}
 
-// RevokeGrant ends one of the caller's own grants. It returns what that could
-// not reach: phrases for people.
-func (b *Broker) RevokeGrant(c Caller, id string) (notReached []string, err error) {
-	var wanted grant.ID
-	if err := wanted.UnmarshalText([]byte(id)); err != nil {
-		return nil, Refuse(fmt.Errorf("cannot revoke %.64q: %w", id, grant.ErrNotFound))
-	}
-	// Whose grant it is must not be learnt by trying.
-	g, err := b.ledger.Get(wanted)
-	if err == nil && g.Owner != c.UID {
-		err = grant.ErrNotFound
-	}
+// GetGrant returns one grant.
+func (b *Broker) GetGrant(ctx context.Context, c Caller, id string) (grant.Grant, error) {
+	g, err := b.manageable(ctx, c, id)
 	if err != nil {
-		return nil, Refuse(fmt.Errorf("cannot revoke %s: %w", id, err))
+		return g, Refuse(fmt.Errorf("cannot get %.64q: %w", id, err))
 	}
-	err = b.ledger.End(wanted, grant.Revoked)
+	return g, nil
+}
+
+// RenewGrant gives a grant the lease that its profile has now, from now. The
+// authority is asked as for a new grant.
+func (b *Broker) RenewGrant(ctx context.Context, c Caller, id string) (grant.Grant, error) {
+	g, err := b.renew(ctx, c, id)
+	if err != nil {
+		return g, Refuse(fmt.Errorf("cannot renew %.64q: %w", id, err))
+	}
+	b.watchers.tell(func(w Watcher) { w.Renewed(g) })
+	return g, nil
+}
+
+func (b *Broker) renew(ctx context.Context, c Caller, id string) (grant.Grant, error) {
+	g, err := b.manageable(ctx, c, id)
+	if err != nil {
+		return g, err
+	}
+	p, err := b.offered(g.Profile)
+	if err != nil {
+		return g, err
+	}
+	process, err := kernel.FindProcess(g.PID, g.Inode)
+	if err != nil {
+		return g, err
+	}
+	defer process.Close()
+	target, err := delegate.NewTarget(process)
+	if err != nil {
+		return g, err
+	}
+	defer target.Close()
+	unit, err := peer.UnitOf(process)
+	if err != nil {
+		return g, err
+	}
+	if err := b.authorizeToken(ctx, c, p, target, unit); err != nil {
+		return g, err
+	}
+	return b.ledger.Renew(g.ID, p.Lease)
+}
+
+// RevokeGrant ends a grant. It returns what that could not reach: phrases for
+// people.
+func (b *Broker) RevokeGrant(ctx context.Context, c Caller, id string) (notReached []string, err error) {
+	g, err := b.manageable(ctx, c, id)
+	if err != nil {
+		return nil, Refuse(fmt.Errorf("cannot revoke %.64q: %w", id, err))
+	}
+	err = b.ledger.End(g.ID, grant.Revoked)
 	if errors.Is(err, grant.ErrNotFound) {
-		return nil, Refuse(fmt.Errorf("cannot revoke %s: %w", id, err))
+		return nil, Refuse(fmt.Errorf("cannot revoke %.64q: %w", id, err))
 	}
+	attrs := append(grantAttrs(g), slog.Uint64(journal.KeyBy, uint64(c.UID)))
+	if err != nil {
+		attrs = append(attrs, slog.String(journal.KeyReason, err.Error()))
+	}
+	journal.GrantRevoked.Log(ctx, attrs...)
 	if err != nil && !errors.Is(err, kernel.ErrProcessGone) {
 		notReached = append(notReached, err.Error())
 	}
@@ -44,4 +104,28 @@ func (b *Broker) RevokeGrant(c Caller, id string) (notReached []string, err erro
 		}
 	}
 	return notReached, nil
+}
+
+// manageable returns a live grant that is the caller's own, or anybody's if the
+// authority allows that. Whether there is somebody else's grant with that id
+// can't be learnt by trying: who may not manage it gets grant.ErrNotFound, and
+// is asked for the same password, either way.
+func (b *Broker) manageable(ctx context.Context, c Caller, id string) (grant.Grant, error) {
+	var wanted grant.ID
+	if err := wanted.UnmarshalText([]byte(id)); err != nil {
+		return grant.Grant{}, grant.ErrNotFound
+	}
+	g, err := b.ledger.Get(wanted)
+	if err == nil && g.Owner == c.UID {
+		return g, nil
+	}
+	if denied := b.authorizeManaging(ctx, c); denied != nil {
+		return grant.Grant{}, grant.ErrNotFound
+	}
+	// It may have ended while somebody looked for a password.
+	return b.ledger.Get(wanted)
+}
+
+func (b *Broker) authorizeManaging(ctx context.Context, c Caller) error {
+	return b.authority.Check(ctx, c.subject(), authority.ManageGrants, nil, c.Interactive)
 }

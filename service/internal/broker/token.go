@@ -31,6 +31,10 @@ func (b *Broker) AcquireToken(ctx context.Context, c Caller, profileName string)
 		mount, err = f.Take()
 		return err
 	})
+	if err != nil && mount != nil {
+		_ = mount.Close()
+		mount = nil
+	}
 	return g, mount, err
 }
 
@@ -126,6 +130,7 @@ func (b *Broker) grantToken(ctx context.Context, c Caller, profileName string, p
 		return g, err
 	}
 	journal.GrantMade.Log(ctx, append(grantAttrs(g), slog.String(journal.KeyNotEnforced, strings.Join(g.NotEnforced, ", ")))...)
+	b.watchers.tell(func(w Watcher) { w.Made(g) })
 	return g, nil
 }
 
@@ -168,7 +173,7 @@ func (b *Broker) authorizeToken(ctx context.Context, c Caller, p *profile.Profil
 	others := target.Owner != c.UID
 	action := tokenAction(p.Tier(guarded), others)
 	details := tokenDetailsOf(p, target.Owner, callerUnit, unit)
-	err := b.authority.Check(ctx, authority.Subject{PidFD: c.Process.FD(), UID: c.UID}, action, details, c.Interactive)
+	err := b.authority.Check(ctx, c.subject(), action, details, c.Interactive)
 	denied := errors.Is(err, authority.ErrDenied) || errors.Is(err, authority.ErrChallenge) || errors.Is(err, authority.ErrDismissed)
 	if others && denied {
 		return &Error{

@@ -36,7 +36,7 @@ func (id ID) MarshalText() ([]byte, error) { return []byte(id.String()), nil }
 func (id *ID) UnmarshalText(text []byte) error {
 	n, err := strconv.ParseUint(string(text), 16, 64)
 	if err != nil || len(text) != 16 || ID(n).String() != string(text) {
-		return fmt.Errorf("cannot take %q for a grant's id", text)
+		return fmt.Errorf("cannot take %.32q for a grant's id", text)
 	}
 	*id = ID(n)
 	return nil
@@ -76,6 +76,7 @@ type Grant struct {
 func (g *Grant) SetLease(lease time.Duration) {
 	now := time.Now()
 	g.Created = now.UnixMicro()
+	g.Expires, g.Deadline = 0, 0
 	if lease > 0 {
 		g.Expires = now.Add(lease).UnixMicro()
 		g.Deadline = kernel.Now() + kernel.BootTime(lease)
@@ -139,9 +140,14 @@ type entry struct {
 // complete.
 const pending = ".pending"
 
+// renewing is what the name of a row has behind its id while it is written anew;
+// until that is done, the old one counts.
+const renewing = ".renewing"
+
 // Open reads the ledger in dir, an existing directory that only root can write
-// to. Grants whose process has exited or whose lease is over are ended, and
-// those that were never completed undone, before it returns.
+// to. Grants whose process has exited are ended before it returns. Those whose
+// lease is over, and those that were never completed, are undone afterwards: a
+// user's file system may be slow, and nobody must be able to hold up the start.
 func Open(dir string, undo Undo, ended Ended) (*Ledger, error) {
 	l := &Ledger{dir: dir, undo: undo, ended: ended, entries: map[ID]*entry{}, perUser: map[uint32]int{}}
 	var err error
@@ -154,6 +160,10 @@ func Open(dir string, undo Undo, ended Ended) (*Ledger, error) {
 		return nil, fmt.Errorf("cannot read the ledger: %w", err)
 	}
 	for _, file := range files {
+		if strings.HasSuffix(file.Name(), renewing) {
+			_ = os.Remove(filepath.Join(dir, file.Name()))
+			continue
+		}
 		if err := l.load(file.Name()); err != nil {
 			slog.Error("dropping a row of the ledger", "row", file.Name(), "error", err)
 			_ = os.Remove(filepath.Join(dir, file.Name()))
@@ -188,10 +198,10 @@ func (l *Ledger) load(name string) error {
 	case e.process == nil:
 		l.finish(e, Exited)
 	case strings.HasSuffix(name, pending):
-		l.finish(e, Undone)
+		l.ending.Go(func() { _ = l.finish(e, Undone) })
 	default:
 		if err := l.enliven(e); err != nil {
-			l.finish(e, Undone)
+			l.ending.Go(func() { _ = l.finish(e, Undone) })
 		}
 	}
 	return nil
@@ -275,11 +285,16 @@ func (l *Ledger) enliven(e *entry) error {
 		return err
 	}
 	e.live = true
-	if e.Deadline != 0 && (l.alarm == 0 || e.Deadline < l.alarm) {
-		l.alarm = e.Deadline
-		return l.watcher.SetAlarm(l.alarm)
+	return l.setAlarm(e.Deadline)
+}
+
+// setAlarm sees to it that there is an alarm at a deadline or before.
+func (l *Ledger) setAlarm(deadline kernel.BootTime) error {
+	if deadline == 0 || l.alarm != 0 && l.alarm <= deadline {
+		return nil
 	}
-	return nil
+	l.alarm = deadline
+	return l.watcher.SetAlarm(l.alarm)
 }
 
 // Get returns a live grant, or ErrNotFound.
@@ -292,12 +307,12 @@ func (l *Ledger) Get(id ID) (Grant, error) {
 	return Grant{}, ErrNotFound
 }
 
-// List returns the user's live grants, the oldest first.
-func (l *Ledger) List(owner uint32) []Grant {
+// List returns the live grants that want says yes to, the oldest first.
+func (l *Ledger) List(want func(Grant) bool) []Grant {
 	l.mu.Lock()
-	grants := make([]Grant, 0, l.perUser[owner])
+	grants := []Grant{}
 	for _, e := range l.entries {
-		if e.live && e.Owner == owner {
+		if e.live && want(e.Grant) {
 			grants = append(grants, e.Grant)
 		}
 	}
@@ -316,6 +331,32 @@ func (l *Ledger) Len() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return len(l.entries)
+}
+
+// Renew gives a live grant a new lease, from now, and returns it as it is then,
+// or ErrNotFound.
+func (l *Ledger) Renew(id ID, lease time.Duration) (Grant, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e := l.entries[id]
+	if e == nil || !e.live {
+		return Grant{}, ErrNotFound
+	}
+	renewed := e.Grant
+	renewed.SetLease(lease)
+	renewed.Created = e.Created
+	data, err := json.Marshal(renewed)
+	if err != nil {
+		return Grant{}, err
+	}
+	if err := os.WriteFile(l.row(id)+renewing, data, 0o600); err != nil {
+		return Grant{}, fmt.Errorf("cannot write the grant down: %w", err)
+	}
+	if err := os.Rename(l.row(id)+renewing, l.row(id)); err != nil {
+		return Grant{}, fmt.Errorf("cannot write the grant down: %w", err)
+	}
+	e.Grant = renewed
+	return renewed, l.setAlarm(e.Deadline)
 }
 
 // End ends a live grant: what it gave is taken back, then its row goes. It
@@ -352,7 +393,7 @@ func (l *Ledger) finish(e *entry, reason Reason) error {
 
 // drop forgets a grant and deletes its row.
 func (l *Ledger) drop(e *entry) {
-	for _, name := range []string{l.row(e.ID), l.row(e.ID) + pending} {
+	for _, name := range []string{l.row(e.ID), l.row(e.ID) + pending, l.row(e.ID) + renewing} {
 		if err := os.Remove(name); err != nil && !errors.Is(err, os.ErrNotExist) {
 			slog.Error("cannot delete a row of the ledger", "row", name, "error", err)
 		}

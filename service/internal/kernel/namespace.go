@@ -85,20 +85,25 @@ func NewProcess(pidfd *os.File) (_ *Process, err error) {
 	return &Process{file: pidfd, PID: pid, Inode: stat.Ino}, nil
 }
 
+// OpenProcess opens a process by its id, or returns ErrProcessGone. Whose process
+// that is, is only known afterwards. The caller closes it.
+func OpenProcess(pid int) (*Process, error) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	switch err {
+	case nil:
+		return NewProcess(os.NewFile(uintptr(fd), "pidfd"))
+	case unix.ESRCH, unix.EINVAL, unix.ENOENT:
+		// A thread has the id now: EINVAL, ENOENT on newer kernels.
+		return nil, ErrProcessGone
+	}
+	return nil, fmt.Errorf("cannot open process %d: %w", pid, err)
+}
+
 // FindProcess opens a process again by what an earlier Process said of it.
 // ErrProcessGone means that it isn't there any more, also when its pid now
 // belongs to another. The caller closes the process.
 func FindProcess(pid int, inode uint64) (*Process, error) {
-	fd, err := unix.PidfdOpen(pid, 0)
-	switch err {
-	case nil:
-	case unix.ESRCH, unix.EINVAL, unix.ENOENT:
-		// A thread has the id now: EINVAL, ENOENT on newer kernels.
-		return nil, ErrProcessGone
-	default:
-		return nil, fmt.Errorf("cannot open process %d: %w", pid, err)
-	}
-	p, err := NewProcess(os.NewFile(uintptr(fd), "pidfd"))
+	p, err := OpenProcess(pid)
 	if err != nil {
 		return nil, err
 	}

@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
-	"testing"
 
 	"golang.org/x/sys/unix"
 )
@@ -28,7 +26,6 @@ const (
 // most of what they are asked.
 func (p *Process) Fuse(dir string) {
 	p.t.Helper()
-	needFuse(p.t)
 	// /dev/fuse may be closed to users; the mount must be by who opened it.
 	node := filepath.Join(p.t.TempDir(), "fuse")
 	if err := unix.Mknod(node, unix.S_IFCHR|0o666, int(unix.Mkdev(10, 229))); err != nil {
@@ -45,23 +42,6 @@ func (p *Process) Fuse(dir string) {
 	defer file.Close()
 	if _, _, err := p.Do("fuse", []string{dir}, file); err != nil {
 		p.t.Fatalf("cannot mount FUSE: %v", err)
-	}
-}
-
-// needFuse leaves a test out where the kernel has no FUSE, which a cut-down
-// machine's may not have; but no full one.
-func needFuse(t testing.TB) {
-	t.Helper()
-	kinds, err := os.ReadFile("/proc/filesystems")
-	if err != nil {
-		t.Fatal(err)
-	}
-	switch {
-	case strings.Contains(string(kinds), "\tfuse\n"):
-	case os.Getenv("CI") == "true":
-		t.Fatal("this kernel has no FUSE")
-	default:
-		t.Skip("this kernel has no FUSE")
 	}
 }
 

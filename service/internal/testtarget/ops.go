@@ -64,6 +64,15 @@ var ops = map[string]Op{
 		}
 		return "", []*os.File{os.NewFile(uintptr(fd), args[0])}, nil
 	},
+	// setns FILE, of the main thread
+	"setns": simple(func(args []string) error {
+		fd, err := unix.Open(args[0], unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return unix.Setns(fd, 0)
+	}),
 	// connect PATH: answers with a connected stream socket.
 	"connect": func(args []string, _ []*os.File) (string, []*os.File, error) {
 		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)

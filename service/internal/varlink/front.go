@@ -14,6 +14,7 @@ import (
 	"github.com/bpfbroker/bpfbroker/service/internal/broker"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
+	"github.com/bpfbroker/bpfbroker/service/internal/limit"
 	"github.com/bpfbroker/bpfbroker/service/internal/peer"
 	"github.com/bpfbroker/bpfbroker/service/internal/profile"
 )
@@ -24,7 +25,7 @@ var brokerDescription string
 // NewFront returns the server of org.bpfbroker.Broker. Each method has its row
 // in the broker's access table; one without, or a row without a method, is an
 // error.
-func NewFront(b *broker.Broker, version string) (*Server[*peer.Peer], error) {
+func NewFront(b *broker.Broker, users *limit.Users, version string) (*Server[*peer.Peer], error) {
 	methods := map[string]Method[*peer.Peer]{}
 	for name, handle := range handlers(b) {
 		access, ok := broker.Methods[name]
@@ -43,6 +44,7 @@ func NewFront(b *broker.Broker, version string) (*Server[*peer.Peer], error) {
 		URL:        "https://github.com/bpfbroker/bpfbroker",
 		Interfaces: map[string]string{brokerInterface: brokerDescription},
 		Methods:    methods,
+		Users:      users,
 		Identify: func(conn *net.UnixConn) (*peer.Peer, error) {
 			p, err := peer.FromConn(conn)
 			return p, refusal(err)
@@ -81,12 +83,13 @@ func handlers(b *broker.Broker) map[string]handler {
 
 		"AcquireToken": func(ctx context.Context, p *peer.Peer, call *Call) (*Reply, error) {
 			var in struct {
-				Profile string `json:"profile"`
+				Profile     string `json:"profile"`
+				Interactive bool   `json:"allowInteractiveAuthentication,omitempty"`
 			}
 			if err := call.Decode(&in); err != nil {
 				return nil, err
 			}
-			g, mount, err := b.AcquireToken(ctx, broker.Caller{Peer: p, Interactive: call.Interactive}, in.Profile)
+			g, mount, err := b.AcquireToken(ctx, broker.Caller{Peer: p, Interactive: in.Interactive}, in.Profile)
 			if err != nil {
 				return nil, refusal(err)
 			}
@@ -99,9 +102,10 @@ func handlers(b *broker.Broker) map[string]handler {
 
 		"MountToken": func(ctx context.Context, p *peer.Peer, call *Call) (*Reply, error) {
 			var in struct {
-				Profile string `json:"profile"`
-				Process int    `json:"processFileDescriptor"`
-				Path    string `json:"path"`
+				Profile     string `json:"profile"`
+				Process     int    `json:"processFileDescriptor"`
+				Path        string `json:"path"`
+				Interactive bool   `json:"allowInteractiveAuthentication,omitempty"`
 			}
 			if err := call.Decode(&in); err != nil {
 				return nil, err
@@ -115,7 +119,7 @@ func handlers(b *broker.Broker) map[string]handler {
 				return nil, refusal(fmt.Errorf("cannot take the process: %w", err))
 			}
 			defer process.Close()
-			g, err := b.MountToken(ctx, broker.Caller{Peer: p, Interactive: call.Interactive}, in.Profile, process, in.Path)
+			g, err := b.MountToken(ctx, broker.Caller{Peer: p, Interactive: in.Interactive}, in.Profile, process, in.Path)
 			if err != nil {
 				return nil, refusal(err)
 			}
@@ -125,25 +129,34 @@ func handlers(b *broker.Broker) map[string]handler {
 			}, nil
 		},
 
-		"ListGrants": func(_ context.Context, p *peer.Peer, call *Call) (*Reply, error) {
-			if err := call.Decode(&struct{}{}); err != nil {
+		"ListGrants": func(ctx context.Context, p *peer.Peer, call *Call) (*Reply, error) {
+			var in struct {
+				All         bool `json:"all,omitempty"`
+				Interactive bool `json:"allowInteractiveAuthentication,omitempty"`
+			}
+			if err := call.Decode(&in); err != nil {
 				return nil, err
 			}
+			list, err := b.ListGrants(ctx, broker.Caller{Peer: p, Interactive: in.Interactive}, in.All)
+			if err != nil {
+				return nil, refusal(err)
+			}
 			grants := []liveGrant{}
-			for _, g := range b.ListGrants(broker.Caller{Peer: p}) {
+			for _, g := range list {
 				grants = append(grants, liveGrant(g))
 			}
 			return &Reply{Parameters: map[string]any{"grants": grants}}, nil
 		},
 
+		"GetGrant":   oneGrant(b.GetGrant),
+		"RenewGrant": oneGrant(b.RenewGrant),
+
 		"RevokeGrant": func(ctx context.Context, p *peer.Peer, call *Call) (*Reply, error) {
-			var in struct {
-				Grant string `json:"grant"`
-			}
+			var in grantParameters
 			if err := call.Decode(&in); err != nil {
 				return nil, err
 			}
-			notReached, err := b.RevokeGrant(broker.Caller{Peer: p}, in.Grant)
+			notReached, err := b.RevokeGrant(ctx, broker.Caller{Peer: p, Interactive: in.Interactive}, in.Grant)
 			if err != nil {
 				return nil, refusal(err)
 			}
@@ -160,6 +173,28 @@ func handlers(b *broker.Broker) map[string]handler {
 			}
 			return &Reply{Parameters: map[string]any{"findings": findings}}, nil
 		},
+	}
+}
+
+// grantParameters are those of the methods for one grant.
+type grantParameters struct {
+	Grant       string `json:"grant"`
+	Interactive bool   `json:"allowInteractiveAuthentication,omitempty"`
+}
+
+// oneGrant makes the handler of a method that takes a grant's id and answers the
+// grant.
+func oneGrant(do func(context.Context, broker.Caller, string) (grant.Grant, error)) handler {
+	return func(ctx context.Context, p *peer.Peer, call *Call) (*Reply, error) {
+		var in grantParameters
+		if err := call.Decode(&in); err != nil {
+			return nil, err
+		}
+		g, err := do(ctx, broker.Caller{Peer: p, Interactive: in.Interactive}, in.Grant)
+		if err != nil {
+			return nil, refusal(err)
+		}
+		return &Reply{Parameters: map[string]any{"grant": liveGrant(g)}}, nil
 	}
 }
 

@@ -20,6 +20,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/bpfbroker/bpfbroker/service/internal/limit"
 	"github.com/bpfbroker/bpfbroker/service/internal/varlink/wire"
 )
 
@@ -136,9 +137,6 @@ type Method[P Peer] struct {
 
 // Call is one method call, for the time of Handle.
 type Call struct {
-	// Interactive says that polkit may ask the peer for a password.
-	Interactive bool
-
 	parameters json.RawMessage
 	decoded    bool
 	files      []*os.File // nil: taken
@@ -199,9 +197,6 @@ func (l Limits) withDefaults() Limits {
 		MessageBytes:       cmp.Or(l.MessageBytes, 64<<10),
 		Connections:        cmp.Or(l.Connections, 1024),
 		ConnectionsPerUser: cmp.Or(l.ConnectionsPerUser, 128),
-		RequestsPerUser:    cmp.Or(l.RequestsPerUser, 32),
-		Rate:               cmp.Or(l.Rate, 500),
-		Burst:              cmp.Or(l.Burst, 2000),
 		Arrival:            cmp.Or(l.Arrival, 10*time.Second),
 		Idle:               cmp.Or(l.Idle, 60*time.Second),
 		Request:            cmp.Or(l.Request, 5*time.Minute),
@@ -221,14 +216,16 @@ type Config[P Peer] struct {
 	Methods map[string]Method[P]
 	// Identify says who is at the other end. It must not block: nobody else connects meanwhile. It leaves the connection alone.
 	Identify func(*net.UnixConn) (P, error)
-	Limits   Limits
+	// Users counts the requests of each user, on all fronts.
+	Users  *limit.Users
+	Limits Limits
 }
 
 // Server answers calls.
 type Server[P Peer] struct {
-	config     Config[P]
-	connLimits wire.Limits
-	users      users
+	config      Config[P]
+	connLimits  wire.Limits
+	connections connections
 }
 
 // New checks that every method belongs to an interface.
@@ -247,15 +244,15 @@ func New[P Peer](config Config[P]) (*Server[P], error) {
 	}
 	l := s.config.Limits
 	s.connLimits = wire.Limits{Bytes: l.MessageBytes, Files: files, Arrival: l.Arrival, Write: l.Write}
-	s.users = users{limits: l, byKey: make(map[uint32]*user), idleSince: time.Now()}
+	s.connections = connections{limits: l, byKey: make(map[uint32]int), idleSince: time.Now()}
 	return s, nil
 }
 
 // IdleSince says whether there is no connection, and since when.
 func (s *Server[P]) IdleSince() (since time.Time, idle bool) {
-	s.users.mu.Lock()
-	defer s.users.mu.Unlock()
-	return s.users.idleSince, s.users.connections == 0
+	s.connections.mu.Lock()
+	defer s.connections.mu.Unlock()
+	return s.connections.idleSince, s.connections.all == 0
 }
 
 // Serve accepts and serves connections until ctx is done. Then it takes no further ones: they stay in the kernel's backlog for whoever has the
@@ -269,14 +266,14 @@ func (s *Server[P]) Serve(ctx context.Context, l *net.UnixListener) error {
 	requests, cut := context.WithCancel(context.WithoutCancel(ctx))
 	defer cut()
 
-	var connections sync.WaitGroup
-	err := s.accept(ctx, l, func(c *wire.Conn, peer P, u *user) {
-		connections.Go(func() { s.converse(stopping, requests, c, peer, u) })
+	var conversations sync.WaitGroup
+	err := s.accept(ctx, l, func(c *wire.Conn, peer P) {
+		conversations.Go(func() { s.converse(stopping, requests, c, peer) })
 	})
 	stop()
 	drained := make(chan struct{})
 	go func() {
-		connections.Wait()
+		conversations.Wait()
 		close(drained)
 	}()
 	select {
@@ -294,7 +291,7 @@ func (s *Server[P]) Serve(ctx context.Context, l *net.UnixListener) error {
 }
 
 // accept starts every connection that may be.
-func (s *Server[P]) accept(ctx context.Context, l *net.UnixListener, start func(*wire.Conn, P, *user)) error {
+func (s *Server[P]) accept(ctx context.Context, l *net.UnixListener, start func(*wire.Conn, P)) error {
 	for {
 		unix, err := l.AcceptUnix()
 		switch {
@@ -315,13 +312,12 @@ func (s *Server[P]) accept(ctx context.Context, l *net.UnixListener, start func(
 			refuse(c, err)
 			continue
 		}
-		u := s.users.connect(peer.Key())
-		if u == nil {
+		if !s.connections.connect(peer.Key()) {
 			peer.Close()
 			refuse(c, errConnections)
 			continue
 		}
-		start(c, peer, u)
+		start(c, peer)
 	}
 }
 
@@ -340,8 +336,8 @@ type incoming struct {
 }
 
 // converse serves one connection. stopping ends when the server wants to stop, requests when it won't wait any longer.
-func (s *Server[P]) converse(stopping, requests context.Context, c *wire.Conn, peer P, u *user) {
-	defer s.users.disconnect(u) // last: closing a peer's file descriptors can take long, and counts
+func (s *Server[P]) converse(stopping, requests context.Context, c *wire.Conn, peer P) {
+	defer s.connections.disconnect(peer.Key()) // last: closing a peer's file descriptors can take long, and counts
 	defer peer.Close()
 	present, hangUp := context.WithCancel(requests)
 	messages := make(chan incoming)
@@ -353,7 +349,7 @@ func (s *Server[P]) converse(stopping, requests context.Context, c *wire.Conn, p
 
 	for {
 		m, ok := s.next(stopping, messages)
-		if !ok || !s.serve(present, requests, c, peer, u, m) {
+		if !ok || !s.serve(present, requests, c, peer, m) {
 			return
 		}
 	}
@@ -403,8 +399,8 @@ func (s *Server[P]) next(stopping context.Context, messages <-chan incoming) (in
 }
 
 // serve answers one message and says whether the connection goes on.
-func (s *Server[P]) serve(present, requests context.Context, c *wire.Conn, peer P, u *user, m incoming) (open bool) {
-	request, refusal := s.admit(u, m)
+func (s *Server[P]) serve(present, requests context.Context, c *wire.Conn, peer P, m incoming) (open bool) {
+	request, refusal := s.admit(peer.Key(), m)
 	if refusal != nil {
 		refuse(c, refusal)
 		wire.CloseFiles(m.files)
@@ -414,7 +410,7 @@ func (s *Server[P]) serve(present, requests context.Context, c *wire.Conn, peer 
 	if request.Oneway {
 		ctx = requests
 	}
-	call := &Call{Interactive: request.AllowInteractiveAuthentication, parameters: request.Parameters, files: m.files}
+	call := &Call{parameters: request.Parameters, files: m.files}
 	answer := new(Reply)
 	defer func() {
 		if v := recover(); v != nil {
@@ -428,7 +424,7 @@ func (s *Server[P]) serve(present, requests context.Context, c *wire.Conn, peer 
 		wire.CloseFiles(call.files)
 	}()
 
-	reply, err := s.call(ctx, peer, u, request, call)
+	reply, err := s.call(ctx, peer, request, call)
 	if reply != nil {
 		answer = reply
 	}
@@ -459,14 +455,14 @@ func (s *Server[P]) serve(present, requests context.Context, c *wire.Conn, peer 
 }
 
 // admit turns away messages that can't be answered as a call; nothing is known of them, so the connection can't go on.
-func (s *Server[P]) admit(u *user, m incoming) (*wire.Request, error) {
+func (s *Server[P]) admit(key uint32, m incoming) (*wire.Request, error) {
 	switch {
 	case errors.Is(m.err, wire.ErrMessageTooLarge):
 		return nil, brokerError("MessageTooLarge", "request", fmt.Sprintf("the message is longer than %d bytes", s.connLimits.Bytes),
 			"send shorter messages, each ended by NUL")
 	case m.err != nil:
 		return nil, s.tooManyFiles(s.connLimits.Files)
-	case !s.users.spend(u, 1+len(m.data)>>10): // before parsing, which takes up to 0.2 ms a KiB
+	case !s.config.Users.Spend(key, 1+len(m.data)>>10): // before parsing, which takes up to 0.2 ms a KiB
 		return nil, errQuota
 	}
 	request, err := wire.ParseRequest(m.data)
@@ -482,7 +478,7 @@ func (s *Server[P]) tooManyFiles(limit int) error {
 }
 
 // call finds the method and does it.
-func (s *Server[P]) call(ctx context.Context, peer P, u *user, request *wire.Request, call *Call) (*Reply, error) {
+func (s *Server[P]) call(ctx context.Context, peer P, request *wire.Request, call *Call) (*Reply, error) {
 	method, ok := s.config.Methods[request.Method]
 	if !ok {
 		name := interfaceOf(request.Method)
@@ -498,10 +494,10 @@ func (s *Server[P]) call(ctx context.Context, peer P, u *user, request *wire.Req
 		return nil, errUnexpectedFile
 	case len(call.files) > method.MaxFiles:
 		return nil, s.tooManyFiles(method.MaxFiles)
-	case !s.users.begin(u):
+	case !s.config.Users.Begin(peer.Key()):
 		return nil, errQuota
 	}
-	defer s.users.end(u)
+	defer s.config.Users.End(peer.Key())
 	ctx, cancel := context.WithTimeout(ctx, s.config.Limits.Request)
 	defer cancel()
 	reply, err := method.Handle(ctx, peer, call)
@@ -585,94 +581,35 @@ func (s *Server[P]) getInterfaceDescription(_ context.Context, _ P, call *Call) 
 	return &Reply{Parameters: map[string]string{"description": description}}, nil
 }
 
-// users counts what each user has.
-type users struct {
+// connections counts what each user has.
+type connections struct {
 	limits Limits
 
-	mu          sync.Mutex
-	byKey       map[uint32]*user
-	sweepAt     int // users to have before the next look for forgettable ones
-	connections int
-	idleSince   time.Time // when the last connection ended
+	mu        sync.Mutex
+	byKey     map[uint32]int
+	all       int
+	idleSince time.Time // when the last one ended
 }
 
-type user struct {
-	connections int
-	requests    int
-	tokens      float64 // requests that may come, as of filled
-	filled      time.Time
-}
-
-// connect counts a connection; nil means that there are too many.
-func (t *users) connect(key uint32) *user {
+// connect counts a connection; false means that there are too many.
+func (t *connections) connect(key uint32) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	u := t.byKey[key]
-	if t.connections >= t.limits.Connections || u != nil && u.connections >= t.limits.ConnectionsPerUser {
-		return nil
+	if t.all >= t.limits.Connections || t.byKey[key] >= t.limits.ConnectionsPerUser {
+		return false
 	}
-	if u == nil {
-		t.sweep()
-		u = &user{tokens: float64(t.limits.Burst), filled: time.Now()}
-		t.byKey[key] = u
-	}
-	u.connections++
-	t.connections++
-	return u
+	t.byKey[key]++
+	t.all++
+	return true
 }
 
-// sweep forgets users who are as good as new. Each time it waits until there are twice as many, so it costs next to nothing.
-func (t *users) sweep() {
-	if len(t.byKey) < t.sweepAt {
-		return
-	}
-	maps.DeleteFunc(t.byKey, func(_ uint32, u *user) bool {
-		return u.connections == 0 && t.refill(u) == float64(t.limits.Burst)
-	})
-	t.sweepAt = 2*len(t.byKey) + 64
-}
-
-func (t *users) disconnect(u *user) {
+func (t *connections) disconnect(key uint32) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	u.connections--
-	t.connections--
-	if t.connections == 0 {
+	if t.byKey[key]--; t.byKey[key] == 0 {
+		delete(t.byKey, key)
+	}
+	if t.all--; t.all == 0 {
 		t.idleSince = time.Now()
 	}
-}
-
-func (t *users) refill(u *user) float64 {
-	now := time.Now()
-	u.tokens = min(float64(t.limits.Burst), u.tokens+now.Sub(u.filled).Seconds()*float64(t.limits.Rate))
-	u.filled = now
-	return u.tokens
-}
-
-// spend counts a message against the rate, as so many requests.
-func (t *users) spend(u *user, requests int) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.refill(u) < float64(requests) {
-		return false
-	}
-	u.tokens -= float64(requests)
-	return true
-}
-
-// begin counts a request under way.
-func (t *users) begin(u *user) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if u.requests >= t.limits.RequestsPerUser {
-		return false
-	}
-	u.requests++
-	return true
-}
-
-func (t *users) end(u *user) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	u.requests--
 }

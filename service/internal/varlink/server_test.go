@@ -22,6 +22,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/bpfbroker/bpfbroker/service/internal/limit"
 	"github.com/bpfbroker/bpfbroker/service/internal/varlink/wire"
 )
 
@@ -67,6 +68,11 @@ func (encodingFails) MarshalJSON() ([]byte, error) { return nil, errors.New("sec
 
 func serve(t testing.TB, limits Limits) *fixture {
 	t.Helper()
+	return serveUsers(t, limits, limit.NewUsers(limit.Requests, limit.Rate, limit.Burst))
+}
+
+func serveUsers(t testing.TB, limits Limits, users *limit.Users) *fixture {
+	t.Helper()
 	filesBefore, goroutinesBefore := openFiles(t), runtime.NumGoroutine()
 	f := &fixture{
 		path:    filepath.Join(t.TempDir(), "socket"),
@@ -93,6 +99,7 @@ func serve(t testing.TB, limits Limits) *fixture {
 	config := Config[testPeer]{
 		Vendor: "V", Product: "P", Version: "1", URL: "https://example.org",
 		Interfaces: map[string]string{"org.example.test": testDescription},
+		Users:      users,
 		Limits:     limits,
 		Identify: func(*net.UnixConn) (testPeer, error) {
 			if f.key.Load() == 666 {
@@ -115,9 +122,6 @@ func serve(t testing.TB, limits Limits) *fixture {
 				}
 				return &Reply{Parameters: in}, nil
 			}},
-			"org.example.test.Interactive": none(func(_ context.Context, call *Call) (*Reply, error) {
-				return &Reply{Parameters: map[string]bool{"interactive": call.Interactive}}, nil
-			}),
 			"org.example.test.Give": none(func(context.Context, *Call) (*Reply, error) {
 				return &Reply{Parameters: map[string]int{"file": 0}, Files: []*os.File{devNull()}, Undo: func() { f.undone.Add(1) }}, nil
 			}),
@@ -315,8 +319,6 @@ func TestCalls(t *testing.T) {
 		"missing parameter": {`{"method":"org.example.test.Echo"}`, `{"parameters":{"parameter":"text"},"error":"org.varlink.service.InvalidParameter"}`},
 		"unknown parameter": {`{"method":"org.example.test.Plain","parameters":{"x":1}}`, `{"parameters":{"parameter":"x"},"error":"org.varlink.service.InvalidParameter"}`},
 		"wrong type":        {`{"method":"org.example.test.Echo","parameters":{"text":1}}`, `{"parameters":{"parameter":"text"},"error":"org.varlink.service.InvalidParameter"}`},
-		"interactive":       {`{"method":"org.example.test.Interactive","allowInteractiveAuthentication":true}`, `{"parameters":{"interactive":true}}`},
-		"not interactive":   {`{"method":"org.example.test.Interactive"}`, `{"parameters":{"interactive":false}}`},
 		"upgrade":           {`{"method":"org.example.test.Plain","upgrade":true}`, `{"parameters":{"parameter":"upgrade"},"error":"org.varlink.service.InvalidParameter"}`},
 		"unknown method":    {`{"method":"org.example.test.X"}`, `{"parameters":{"method":"org.example.test.X"},"error":"org.varlink.service.MethodNotFound"}`},
 		"unknown interface": {`{"method":"org.example.X.Plain"}`, `{"parameters":{"interface":"org.example.X"},"error":"org.varlink.service.InterfaceNotFound"}`},
@@ -548,7 +550,7 @@ func TestUnidentified(t *testing.T) {
 }
 
 func TestRequestsPerUser(t *testing.T) {
-	f := serve(t, Limits{RequestsPerUser: 2})
+	f := serveUsers(t, Limits{}, limit.NewUsers(2, limit.Rate, limit.Burst))
 	var busy []*client
 	for range 2 {
 		c := f.dial(t)
@@ -568,7 +570,7 @@ func TestRequestsPerUser(t *testing.T) {
 }
 
 func TestRate(t *testing.T) {
-	f := serve(t, Limits{Rate: 1, Burst: 3})
+	f := serveUsers(t, Limits{}, limit.NewUsers(limit.Requests, 1, 3))
 	f.key.Store(1)
 	c := f.dial(t)
 	for range 3 {
@@ -592,7 +594,7 @@ func TestRate(t *testing.T) {
 }
 
 func TestRateCountsLongMessages(t *testing.T) {
-	f := serve(t, Limits{Rate: 1, Burst: 100})
+	f := serveUsers(t, Limits{}, limit.NewUsers(limit.Requests, 1, 100))
 	c := f.dial(t)
 	long := plain + strings.Repeat(" ", 60<<10)
 	c.send(long)
@@ -600,21 +602,15 @@ func TestRateCountsLongMessages(t *testing.T) {
 	c.want(empty, "org.bpfbroker.Broker.QuotaExceeded", "closed")
 }
 
-func TestUsersAreForgotten(t *testing.T) {
-	u := users{limits: Limits{}.withDefaults(), byKey: make(map[uint32]*user)}
-	kept := u.connect(0)
-	spender := u.connect(1)
-	for u.spend(spender, 1) {
+func TestConnectionsAreForgotten(t *testing.T) {
+	c := connections{limits: Limits{}.withDefaults(), byKey: make(map[uint32]int)}
+	c.connect(0)
+	for key := range uint32(1000) {
+		c.connect(key)
+		c.disconnect(key)
 	}
-	u.disconnect(spender)
-	for key := range uint32(100000) {
-		u.disconnect(u.connect(key + 2))
-		if len(u.byKey) > 200 {
-			t.Fatalf("%d users after %d connections", len(u.byKey), key)
-		}
-	}
-	if u.byKey[0] != kept || u.byKey[1] != spender {
-		t.Error("forgot somebody who is connected, or has spent the rate")
+	if len(c.byKey) != 1 || c.byKey[0] != 1 || c.all != 1 {
+		t.Errorf("%d connections of %v", c.all, c.byKey)
 	}
 }
 
@@ -789,7 +785,7 @@ func TestStopLosesNothing(t *testing.T) {
 
 // Clients that come and go all the time, while servers stop and start: each request gets its answer, or its connection was never accepted.
 func TestStopUnderLoad(t *testing.T) {
-	f := serve(t, Limits{Linger: 500 * time.Millisecond, Rate: 1 << 20, Burst: 1 << 20})
+	f := serveUsers(t, Limits{Linger: 500 * time.Millisecond}, limit.NewUsers(limit.Requests, 1<<20, 1<<20))
 	var clients sync.WaitGroup
 	var answers atomic.Int64
 	for range 8 {
@@ -872,7 +868,7 @@ func TestNewRefusesStrayMethod(t *testing.T) {
 }
 
 func BenchmarkGetInfo(b *testing.B) {
-	f := serve(b, Limits{Rate: 1 << 30, Burst: 1 << 30})
+	f := serveUsers(b, Limits{}, limit.NewUsers(limit.Requests, 1<<30, 1<<30))
 	c := f.dial(b)
 	_ = c.SetDeadline(time.Time{})
 	request := wire.Request{Method: "org.varlink.service.GetInfo"}

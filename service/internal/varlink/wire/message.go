@@ -22,12 +22,11 @@ const maxDepth = 32
 
 // Request is one method call. Parameters is a JSON object, or empty.
 type Request struct {
-	Method                         string          `json:"method"`
-	Parameters                     json.RawMessage `json:"parameters,omitempty"`
-	Oneway                         bool            `json:"oneway,omitempty"`
-	More                           bool            `json:"more,omitempty"`
-	Upgrade                        bool            `json:"upgrade,omitempty"`
-	AllowInteractiveAuthentication bool            `json:"allowInteractiveAuthentication,omitempty"`
+	Method     string          `json:"method"`
+	Parameters json.RawMessage `json:"parameters,omitempty"`
+	Oneway     bool            `json:"oneway,omitempty"`
+	More       bool            `json:"more,omitempty"`
+	Upgrade    bool            `json:"upgrade,omitempty"`
 }
 
 // Reply is the answer to a Request. Parameters is a JSON object, or empty; with Error they describe the error of that name.

@@ -17,7 +17,7 @@ var requests = map[string]struct {
 }{
 	"plain":       {`{"method":"a.b.C"}`, &Request{Method: "a.b.C"}},
 	"parameters":  {` {"method" : "a.b.C", "parameters" : {"x":[1,{"y":null}]} } `, &Request{Method: "a.b.C", Parameters: json.RawMessage(`{"x":[1,{"y":null}]}`)}},
-	"everything":  {`{"method":"m","parameters":{},"oneway":true,"more":true,"upgrade":true,"allowInteractiveAuthentication":true}`, &Request{"m", json.RawMessage("{}"), true, true, true, true}},
+	"everything":  {`{"method":"m","parameters":{},"oneway":true,"more":true,"upgrade":true}`, &Request{"m", json.RawMessage("{}"), true, true, true}},
 	"all nothing": {`{"method":"m","parameters":null,"oneway":false,"more":null}`, &Request{Method: "m"}},
 	"deepest":     {`{"method":"m","parameters":{"x":` + strings.Repeat("[", 30) + strings.Repeat("]", 30) + `}}`, &Request{Method: "m", Parameters: json.RawMessage(`{"x":` + strings.Repeat("[", 30) + strings.Repeat("]", 30) + `}`)}},
 

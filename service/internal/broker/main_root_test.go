@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build root
+
+package broker
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/authority"
+	"github.com/bpfbroker/bpfbroker/service/internal/grant"
+	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
+	"github.com/bpfbroker/bpfbroker/service/internal/peer"
+	"github.com/bpfbroker/bpfbroker/service/internal/profile"
+	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
+)
+
+const (
+	alice = testtarget.Alice
+	bob   = testtarget.Bob
+	both  = unix.CLONE_NEWUSER | unix.CLONE_NEWNS
+)
+
+func TestMain(m *testing.M) {
+	if err := kernel.ReserveDescriptors(); err != nil {
+		panic(err)
+	}
+	testtarget.Main(m, nil)
+}
+
+// files are the profiles of the tests.
+var files = map[string]string{
+	"plain":    "[Profile]\nDescription=Plain\n[Delegate]\nCommands=map_create prog_load\nMaps=lru_hash\nPrograms=socket_filter\n",
+	"leased":   "[Profile]\nLease=1h\nGuard=optional\n[Delegate]\nCommands=map_create\nMaps=hash\n",
+	"guarded":  "[Profile]\nLease=1h\n[Delegate]\nCommands=map_create\nMaps=hash\n",
+	"any":      "[Delegate]\nCommands=any\nMaps=any\nPrograms=any\nAttachments=any\n",
+	"misspelt": "[Profile]\nLeese=1h\n[Delegate]\nCommands=map_create\n",
+}
+
+// asked is a question to the authority.
+type asked struct {
+	Subject     authority.Subject
+	Action      authority.Action
+	Details     map[string]string
+	Interactive bool
+}
+
+// fake is an authority and a broker that asks it.
+type fake struct {
+	*Broker
+	t             *testing.T
+	profiles, dir string
+
+	mu     sync.Mutex
+	asked  []asked
+	answer func(context.Context) error
+}
+
+func (f *fake) Check(ctx context.Context, subject authority.Subject, action authority.Action, details map[string]string, interactive bool) error {
+	f.mu.Lock()
+	f.asked = append(f.asked, asked{subject, action, details, interactive})
+	answer := f.answer
+	f.mu.Unlock()
+	if answer == nil {
+		return nil
+	}
+	return answer(ctx)
+}
+
+func (f *fake) questions() []asked {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.asked)
+}
+
+// answers makes the authority answer so.
+func (f *fake) answers(answer func(context.Context) error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.answer = answer
+}
+
+// newFake makes a broker with an authority that says yes.
+func newFake(t *testing.T) *fake {
+	t.Helper()
+	f := &fake{t: t, profiles: t.TempDir(), dir: t.TempDir()}
+	for name, text := range files {
+		if err := os.WriteFile(filepath.Join(f.profiles, name+".profile"), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.open()
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+func (f *fake) open() {
+	f.t.Helper()
+	var err error
+	if f.Broker, err = New(f, f.load(), f.dir); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+func (f *fake) load() *profile.Set { return profile.Load(profile.Dirs{Etc: f.profiles}) }
+
+// nothingIs wants no rows and no mounts of the process's to be there.
+func (f *fake) nothingIs(p *testtarget.Process) {
+	f.t.Helper()
+	if n := f.Grants(); n != 0 {
+		f.t.Errorf("%d grants are left", n)
+	}
+	rows, err := os.ReadDir(f.dir)
+	if err != nil || len(rows) != 0 {
+		f.t.Errorf("rows are left: %v, %v", rows, err)
+	}
+	if !alive(p) {
+		return
+	}
+	if mounted := p.Mounted("bpf"); len(mounted) != 0 {
+		f.t.Errorf("still mounted: %v", mounted)
+	}
+}
+
+func alive(p *testtarget.Process) bool {
+	poll := []unix.PollFd{{Fd: int32(p.PidFD.Fd()), Events: unix.POLLIN}}
+	n, _ := unix.Poll(poll, 0)
+	return n == 0
+}
+
+func processOf(t *testing.T, p *testtarget.Process) *kernel.Process {
+	t.Helper()
+	process, err := kernel.NewProcess(p.Dup())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { process.Close() })
+	return process
+}
+
+func caller(t *testing.T, uid uint32, p *testtarget.Process) Caller {
+	t.Helper()
+	return Caller{Peer: &peer.Peer{Credentials: &kernel.Credentials{UID: uid, GID: uid, Process: processOf(t, p)}}}
+}
+
+// named wants an error with a name, and everything that belongs to it.
+func named(t *testing.T, err error, want string) *Error {
+	t.Helper()
+	var e *Error
+	if !errors.As(err, &e) {
+		t.Errorf("got %v, want %s", err, want)
+		return &Error{}
+	}
+	if e.Name != want {
+		t.Errorf("got %s (%s), want %s", e.Name, e.Reason, want)
+	}
+	layers := []string{"request", "profile", "target", "polkit", "kernel", "guard", "limit"}
+	if e.Reason == "" || !slices.Contains(layers, e.Layer) || e.Remedy == "" && want != "Canceled" {
+		t.Errorf("not all of an error: %+v", e)
+	}
+	if strings.Count(e.Reason, "cannot") > 1 {
+		t.Errorf("a chain of %q", e.Reason)
+	}
+	return e
+}
+
+// logged collects what is logged until the test ends.
+func logged(t *testing.T) func() string {
+	t.Helper()
+	var mu sync.Mutex
+	var b bytes.Buffer
+	old := slog.Default()
+	slog.SetDefault(slog.New(slog.NewTextHandler(writer(func(p []byte) (int, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		return b.Write(p)
+	}), &slog.HandlerOptions{Level: slog.LevelDebug})))
+	t.Cleanup(func() { slog.SetDefault(old) })
+	return func() string {
+		mu.Lock()
+		defer mu.Unlock()
+		return b.String()
+	}
+}
+
+type writer func([]byte) (int, error)
+
+func (w writer) Write(p []byte) (int, error) { return w(p) }
+
+// The use cases whose signatures tests would else repeat.
+
+func (f *fake) list(c Caller) []grant.Grant {
+	f.t.Helper()
+	grants, err := f.ListGrants(f.t.Context(), c, false)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return grants
+}
+
+func (f *fake) revoke(c Caller, id string) ([]string, error) {
+	return f.RevokeGrant(f.t.Context(), c, id)
+}

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build root && !kernels
+
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
+)
+
+// What follows needs FUSE, a module that the small machines don't have.
+
+// within fails the test if something takes longer, and then has rescue end it.
+func within(t *testing.T, limit time.Duration, rescue, do func()) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		do()
+	}()
+	select {
+	case <-done:
+	case <-time.After(limit):
+		t.Errorf("it takes longer than %v", limit)
+		rescue()
+		<-done
+	}
+}
+
+// fuseTarget makes a target with FUSE at /mnt/fuse, and another process in it,
+// because a server that waits for itself can't be ended. The server goes
+// before everything else that the test has made by then.
+func fuseTarget(t *testing.T) (p, server *testtarget.Process) {
+	t.Helper()
+	// FUSE asks nothing for ids that aren't mapped, and the helper's gid isn't
+	// usually.
+	p = testtarget.NewWith(t, testtarget.Alice, unix.CLONE_NEWUSER|unix.CLONE_NEWNS, testtarget.None)
+	p.Map("0 1000 1", fmt.Sprintf("0 1000 1\n%d %d 1", nobody, nobody))
+	p = p.Start(testtarget.Attr{})
+	p.Must("tmpfs", "/mnt")
+	server = p.Start(testtarget.Attr{})
+	p.Must("mkdir", "/mnt/fuse")
+	server.Fuse("/mnt/fuse")
+	t.Cleanup(server.Kill)
+	return p, server
+}
+
+// openFuse has a process open a file of the file system.
+func openFuse(t *testing.T, p *testtarget.Process, name string) *os.File {
+	t.Helper()
+	_, files, err := p.Do("open", []string{"/mnt/fuse/" + name})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files[0]
+}
+
+func TestNewProcessOfFuse(t *testing.T) {
+	testtarget.NoLeaks(t)
+	p, server := fuseTarget(t)
+	file := openFuse(t, p, testtarget.FuseFile)
+	within(t, 5*time.Second, server.Kill, func() {
+		if _, err := NewProcess(file); !errors.Is(err, ErrNotPidFD) {
+			t.Errorf("got %v", err)
+		}
+		if !closed(file) {
+			t.Error("it is still open")
+		}
+	})
+}
+
+// A file that a stranger has handed in asks its server when it is closed, and
+// another user's helper must not be held up by that.
+func TestStubbornFileElsewhere(t *testing.T) {
+	testtarget.NoLeaks(t)
+	n := namespacesOf(t, testtarget.New(t, testtarget.Bob))
+	p, server := fuseTarget(t)
+	file := openFuse(t, p, testtarget.FuseStubborn)
+	t.Cleanup(func() {
+		server.Kill()
+		file.Close()
+	})
+	within(t, 4*time.Second, server.Kill, func() {
+		f, err := Delegate(n, someRights, testtarget.Bob)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		f.Close()
+	})
+}
+
+// A path can lead into a file system that doesn't answer.
+func TestHangingPath(t *testing.T) {
+	testtarget.NoLeaks(t)
+	other := namespacesOf(t, testtarget.New(t, testtarget.Bob))
+	p, server := fuseTarget(t)
+	f, err := Delegate(namespacesOf(t, p), someRights, testtarget.Alice)
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	if err := f.Attach("/mnt/fuse/" + testtarget.FuseHang); !errors.Is(err, ErrTargetHangs) || time.Since(start) > 2*childTimeout {
+		t.Errorf("got %v after %v", err, time.Since(start))
+	}
+	// The helper waits for the server, and nobody else does.
+	closed := make(chan struct{})
+	go func() {
+		f.Close()
+		close(closed)
+	}()
+	if err := attachOnce(other, testtarget.Bob, "/mnt"); err != nil {
+		t.Errorf("another's meanwhile: %v", err)
+	}
+	select {
+	case <-closed:
+		t.Error("the helper didn't wait for the server, so this tests nothing")
+	case <-time.After(100 * time.Millisecond):
+	}
+	server.Kill()
+	<-closed
+}
+
+// A FUSE of a user namespace is not even asked if that doesn't map the helper.
+func TestFuseDenied(t *testing.T) {
+	testtarget.NoLeaks(t)
+	p := testtarget.New(t, testtarget.Alice)
+	server := p.Start(testtarget.Attr{})
+	p.Must("mkdir", "/mnt/fuse")
+	server.Fuse("/mnt/fuse")
+	t.Cleanup(server.Kill)
+	n := namespacesOf(t, p)
+	for _, name := range []string{"missing", testtarget.FuseFile, testtarget.FuseHang} {
+		within(t, 4*time.Second, server.Kill, func() {
+			if err := attachOnce(n, testtarget.Alice, "/mnt/fuse/"+name); !errors.Is(err, ErrPathDenied) {
+				t.Errorf("%s: got %v", name, err)
+			}
+		})
+	}
+}
