@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -187,9 +188,9 @@ func start(t *testing.T, user, command string) (cmd *exec.Cmd, first string) {
 	return cmd, string(buffer[:n])
 }
 
-// traces is what the product can leave behind.
+// traces counts what the product can leave behind.
 type traces struct {
-	mounts, files, processes, rows string
+	mounts, files, processes, rows int
 }
 
 // look counts the traces in the machine: mounts of BPF file systems that any
@@ -197,11 +198,18 @@ type traces struct {
 func look(t *testing.T) traces {
 	t.Helper()
 	must(t, "root", "varlinkctl info "+broker) // the daemon runs
+	count := func(command string) int {
+		n, err := strconv.Atoi(strings.TrimSpace(must(t, "root", command)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
 	return traces{
-		mounts:    must(t, "root", "cat /proc/[0-9]*/mountinfo 2>/dev/null | grep -c ' - bpf ' || true"),
-		files:     must(t, "root", "ls /proc/$(systemctl show -P MainPID bpfbroker.service)/fd | wc -l"),
-		processes: must(t, "root", "cat /sys/fs/cgroup/system.slice/bpfbroker.service/cgroup.procs | wc -l"),
-		rows:      must(t, "root", "ls /run/bpfbroker/grants | wc -l"),
+		mounts:    count("cat /proc/[0-9]*/mountinfo 2>/dev/null | grep -c ' - bpf ' || true"),
+		files:     count("ls /proc/$(systemctl show -P MainPID bpfbroker.service)/fd | wc -l"),
+		processes: count("cat /sys/fs/cgroup/system.slice/bpfbroker.service/cgroup.procs | wc -l"),
+		rows:      count("ls /run/bpfbroker/grants | wc -l"),
 	}
 }
 
@@ -213,7 +221,8 @@ func leavesNothing(t *testing.T) {
 	t.Cleanup(func() {
 		var after traces
 		for range 100 {
-			if after = look(t); after == before {
+			after = look(t)
+			if after.mounts <= before.mounts && after.files <= before.files && after.processes <= before.processes && after.rows <= before.rows {
 				return
 			}
 			time.Sleep(100 * time.Millisecond)

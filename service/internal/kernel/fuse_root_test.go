@@ -16,6 +16,9 @@ import (
 	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
 )
 
+// rounds is how much eight goroutines do under pressure.
+const rounds = 63
+
 // What follows needs FUSE, a module that the small machines don't have.
 
 // within fails the test if something takes longer, and then has rescue end it.

@@ -171,10 +171,6 @@ func TestDelegateUnderPressure(t *testing.T) {
 			}
 		})
 	}
-	rounds := 63
-	if testing.Short() {
-		rounds = 8
-	}
 	for range 8 {
 		wg.Go(func() {
 			for range rounds {
