@@ -22,7 +22,7 @@ import (
 )
 
 // closeTime is what a machine has to shut down in before it is killed.
-const closeTime = 10 * time.Second
+const closeTime = 30 * time.Second
 
 // running counts the machines of this process, for their names.
 var running atomic.Int64
@@ -244,7 +244,7 @@ func (m *Machine) settle(ctx context.Context) error {
 // RootPID returns the process ID, on the host, of the machine's init.
 func (m *Machine) RootPID() int { return m.leader }
 
-// Close shuts the machine down, within ten seconds or by killing it, and removes all of it. It is to be called for a machine
+// Close shuts the machine down, within half a minute or by killing it, and removes all of it. It is to be called for a machine
 // that has ended by itself, too; calling it again does nothing. No command may be on its way to be started meanwhile.
 func (m *Machine) Close() error {
 	m.stop()

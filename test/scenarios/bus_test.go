@@ -13,7 +13,7 @@ const manager = "busctl --system call org.bpfbroker.Broker1 /org/bpfbroker/Broke
 // process of one's own, and to see, renew and end the grant.
 func TestBus(t *testing.T) {
 	leavesNothing(t)
-	must(t, "root", "systemctl stop bpfbroker.service")
+	must(t, "root", "systemctl reset-failed bpfbroker.service; systemctl stop bpfbroker.service")
 	if out := must(t, "alice", manager+"ListProfiles a{sv} 0"); !strings.Contains(out, `"network"`) {
 		t.Errorf("ListProfiles: %s", out)
 	}

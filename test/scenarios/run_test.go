@@ -4,6 +4,7 @@ package scenarios
 
 import (
 	"encoding/json"
+	"fmt"
 	"strings"
 	"syscall"
 	"testing"
@@ -97,7 +98,7 @@ func TestListAndRevoke(t *testing.T) {
 	start(t, "alice", "exec bpfbroker run -p network -- bash -c 'echo ready; exec sleep 60'")
 	var grants []struct {
 		ID, Profile, Tier, Path string
-		Owner                   int
+		Owner, Process          int
 	}
 	list := must(t, "alice", "bpfbroker list --json=short")
 	if err := json.Unmarshal([]byte(list), &grants); err != nil || len(grants) != 1 {
@@ -116,14 +117,15 @@ func TestListAndRevoke(t *testing.T) {
 	refused(t, "bob", "bpfbroker revoke "+g.ID, 1, "no such grant")
 	refused(t, "bob", "bpfbroker revoke 0123456789abcdef", 1, "no such grant")
 
-	before := must(t, "root", "cat /proc/[0-9]*/mountinfo 2>/dev/null | grep -c ' - bpf '")
+	mounts := fmt.Sprintf("grep -c ' /sys/fs/bpf .* - bpf ' /proc/%d/mountinfo", g.Process)
+	before := must(t, "root", mounts)
 	if r := run(t, "alice", "bpfbroker revoke "+g.ID); r.code != 0 || !strings.Contains(r.err, "did not reach") {
 		t.Errorf("revoke: %+v", r)
 	}
 	if got := must(t, "alice", "bpfbroker list --no-legend"); got != "" {
 		t.Errorf("after revoking there is %s", got)
 	}
-	if after := must(t, "root", "cat /proc/[0-9]*/mountinfo 2>/dev/null | grep -c ' - bpf '"); after == before {
+	if after := must(t, "root", mounts); after == before {
 		t.Errorf("%s mounts before and after revoking", strings.TrimSpace(after))
 	}
 	journalHas(t, "MESSAGE_ID=ff336156ee674fca9617fa85942fadb4", "BPFBROKER_GRANT="+g.ID)

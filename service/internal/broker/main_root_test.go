@@ -36,6 +36,7 @@ func TestMain(m *testing.M) {
 	if err := kernel.ReserveDescriptors(); err != nil {
 		panic(err)
 	}
+	slog.SetDefault(slog.New(slog.DiscardHandler)) // but see logged
 	testtarget.Main(m, nil)
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,7 +23,10 @@ import (
 	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
 )
 
-func TestMain(m *testing.M) { testtarget.Main(m, nil) }
+func TestMain(m *testing.M) {
+	slog.SetDefault(slog.New(slog.DiscardHandler))
+	testtarget.Main(m, nil)
+}
 
 // end is what a ledger said of a grant's end.
 type end struct {

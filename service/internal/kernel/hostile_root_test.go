@@ -7,6 +7,7 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"runtime"
 	"strconv"
@@ -42,7 +43,7 @@ func TestKilledHelper(t *testing.T) {
 	n := namespacesOf(t, p)
 	killer := p.Start(testtarget.Attr{})
 	before := p.Mounts()
-	killer.Must("shoot", strconv.Itoa(int(unix.SIGKILL)))
+	killer.Must("shoot", strconv.Itoa(os.Getpid()), strconv.Itoa(int(unix.SIGKILL)))
 	results := map[string]int{}
 	deadline := time.Now().Add(4 * time.Second)
 	for tries := 0; tries < 300 || (results["killed"] == 0 || results["done"] == 0) && time.Now().Before(deadline); tries++ {

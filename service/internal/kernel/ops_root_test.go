@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -194,10 +195,10 @@ func traceOther(args []string, _ []*os.File) (string, []*os.File, error) {
 
 var shooting atomic.Pointer[chan int]
 
-// shoot sends a signal to every process that comes after this one, until
-// cease.
+// shoot sends a signal to every new child of a process, until cease. PARENT
+// SIGNAL
 func shoot(args []string, _ []*os.File) (string, []*os.File, error) {
-	signal, err := strconv.Atoi(args[0])
+	signal, err := strconv.Atoi(args[1])
 	if err != nil {
 		return "", nil, err
 	}
@@ -207,7 +208,13 @@ func shoot(args []string, _ []*os.File) (string, []*os.File, error) {
 		for {
 			entries, _ := filepath.Glob("/proc/[0-9]*")
 			for _, entry := range entries {
-				if pid, _ := strconv.Atoi(filepath.Base(entry)); pid > os.Getpid() && unix.Kill(pid, syscall.Signal(signal)) == nil {
+				pid, _ := strconv.Atoi(filepath.Base(entry))
+				if pid <= os.Getpid() {
+					continue
+				}
+				stat, _ := os.ReadFile(entry + "/stat")
+				_, fields, _ := strings.Cut(string(stat), ") ")
+				if parent := strings.Fields(fields + " ? ?")[1]; parent == args[0] && unix.Kill(pid, syscall.Signal(signal)) == nil {
 					n++
 				}
 			}
