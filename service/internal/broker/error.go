@@ -50,7 +50,7 @@ var refusals = []struct {
 	{kernel.ErrPathDenied, "PathDenied", "target", "name a directory that the owner of the user namespace can reach"},
 	{kernel.ErrHelperKilled, "Busy", "target", "ask again, and let bpfbroker's helper process in the target live"},
 	{kernel.ErrTargetHangs, "TargetHangs", "target", "name a path outside of file systems that don't answer"},
-	{kernel.ErrTokenMismatch, "NotDelegatable", "kernel", "take the types that this kernel doesn't know out of the profile"},
+	{kernel.ErrTokenMismatch, "NotDelegatable", "kernel", "report the kernel and the profile"},
 	{kernel.ErrNotSupported, "KernelNotSupported", "kernel", "use Linux 6.11 or newer, with CONFIG_BPF_SYSCALL"},
 	{grant.ErrQuotaUser, "QuotaExceeded", "limit", "revoke grants that are no longer needed"},
 	{grant.ErrQuotaTotal, "QuotaExceeded", "limit", "try again when other users' grants have ended"},

@@ -150,6 +150,10 @@ func (b *Broker) offered(name string) (*profile.Profile, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot offer %.64q: %w", name, err)
 	}
+	if p.Commands|p.Maps|p.Programs|p.Attachments == 0 {
+		// The kernel makes no token of that.
+		return nil, &Error{Name: "InvalidProfile", Reason: fmt.Sprintf("cannot grant %s: the profile delegates nothing", name), Layer: "profile", Remedy: "have the administrator fill its [Delegate] section"}
+	}
 	if p.NeedsGuard() && !guarded {
 		return nil, &Error{
 			Name:   "GuardUnavailable",

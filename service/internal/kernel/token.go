@@ -32,7 +32,7 @@ var (
 )
 
 // ErrTokenMismatch means that the kernel delegates something else than was
-// asked for: it doesn't know some of the types, and wouldn't have said so.
+// asked for, without having said so.
 var ErrTokenMismatch = errors.New("the kernel delegates something else than was asked for")
 
 // ErrOwnerNotMapped means that the target has no id for its own owner, so that
