@@ -155,6 +155,16 @@ func (m *Machine) run(ctx context.Context, options Options, ready chan<- error) 
 			ready <- err
 			return
 		}
+		// The machine's init tells more as long as it lives, and waits for whoever
+		// doesn't listen.
+		helpers.Go(func() {
+			buffer := make([]byte, 4096)
+			for {
+				if _, err := notify.Read(buffer); err != nil {
+					return // closed, as nspawn has ended
+				}
+			}
+		})
 		watcher, err := m.startWatcher(ctx)
 		ready <- err
 		if err == nil {
@@ -178,7 +188,7 @@ func (m *Machine) run(ctx context.Context, options Options, ready chan<- error) 
 		return errors.Join(errors.New("the test machine has ended by itself"), err)
 	}
 	if err != nil && !errors.Is(err, ctx.Err()) {
-		return fmt.Errorf("cannot shut the test machine down: %w", err)
+		return fmt.Errorf("cannot shut the test machine down: %w\n%s", err, lastLines(m.console.String(), 20))
 	}
 	return nil
 }

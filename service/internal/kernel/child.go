@@ -214,14 +214,15 @@ func prepare() (*child, int, error) {
 	c.rights.Level = unix.SOL_SOCKET
 	c.rights.Type = unix.SCM_RIGHTS
 	c.rights.SetLen(unix.CmsgLen(4))
-	runtime.LockOSThread()
 	return c, pair[1], nil
 }
 
 // clone clones the child, or frees what was prepared for it.
 func (c *child) clone(namespaces bool) error {
+	runtime.LockOSThread()
 	pid, pidfd, errno := clone(namespaces, c.page)
 	if errno != 0 {
+		runtime.UnlockOSThread()
 		c.free()
 		return fmt.Errorf("cannot clone: %w", errno)
 	}
