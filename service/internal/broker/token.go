@@ -81,21 +81,6 @@ func (b *Broker) grantToken(ctx context.Context, c Caller, profileName string, p
 		return g, err
 	}
 
-	// Much may have changed while somebody looked for a password.
-	again, err := b.offered(profileName)
-	if err != nil {
-		return g, err
-	}
-	if !reflect.DeepEqual(again, p) {
-		return g, &Error{Name: "Busy", Reason: fmt.Sprintf("cannot grant %s: the profile has changed meanwhile", profileName), Layer: "profile", Remedy: "ask again"}
-	}
-	if err := target.Recheck(); err != nil {
-		return g, err
-	}
-	if err := ctx.Err(); err != nil {
-		return g, err
-	}
-
 	f, err := target.Filesystem(p)
 	if err != nil {
 		return g, err
@@ -165,7 +150,7 @@ func (b *Broker) offered(name string) (*profile.Profile, error) {
 	return p, nil
 }
 
-// authorizeToken asks the authority.
+// authorizeToken asks the authority, and then checks again what it was asked about.
 func (b *Broker) authorizeToken(ctx context.Context, c Caller, p *profile.Profile, target *delegate.Target, unit peer.Unit) error {
 	callerUnit := unit
 	if target.Process != c.Process {
@@ -190,7 +175,19 @@ func (b *Broker) authorizeToken(ctx context.Context, c Caller, p *profile.Profil
 	if err != nil {
 		return fmt.Errorf("cannot grant %s: %w", p.Name, err)
 	}
-	return nil
+
+	// Much may have changed while somebody looked for a password.
+	again, err := b.offered(p.Name)
+	if err != nil {
+		return err
+	}
+	if !reflect.DeepEqual(again, p) {
+		return &Error{Name: "Busy", Reason: fmt.Sprintf("cannot grant %s: the profile has changed meanwhile", p.Name), Layer: "profile", Remedy: "ask again"}
+	}
+	if err := target.Recheck(); err != nil {
+		return err
+	}
+	return ctx.Err()
 }
 
 // tokenDetailsOf is what the authority is told: tokenDetails, from what the
