@@ -128,6 +128,9 @@ type Peer interface {
 type Method[P Peer] struct {
 	// MaxFiles is how many file descriptors may come in with a call.
 	MaxFiles int
+	// Streams says that the method gives any number of replies by Call.Send, then one more by returning. It has to be called with "more", and its time
+	// has no end but the peer's and the server's.
+	Streams bool
 	// Handle does the call. It must Decode the parameters and take every file descriptor before it acts. The context ends with the request's time,
 	// when the peer hangs up (but not for a oneway call, where peers do so at once), and when the server doesn't wait for it any longer. The peer may
 	// be used until Handle returns. An error that has VarlinkError in its chain is sent under that name, all others as
@@ -140,6 +143,16 @@ type Call struct {
 	parameters json.RawMessage
 	decoded    bool
 	files      []*os.File // nil: taken
+	send       func(wire.Reply) error
+}
+
+// Send sends one reply of several, see Method.Streams. It waits for the peer to take it, as long as Limits.Write says.
+func (c *Call) Send(parameters any) error {
+	data, err := encode(parameters)
+	if err != nil {
+		return err
+	}
+	return c.send(wire.Reply{Parameters: data, Continues: true})
 }
 
 // Decode reads the parameters into the struct that into points to, see wire.Decode. The error is for the peer.
@@ -349,7 +362,7 @@ func (s *Server[P]) converse(stopping, requests context.Context, c *wire.Conn, p
 
 	for {
 		m, ok := s.next(stopping, messages)
-		if !ok || !s.serve(present, requests, c, peer, m) {
+		if !ok || !s.serve(stopping, present, requests, c, peer, m) {
 			return
 		}
 	}
@@ -399,7 +412,7 @@ func (s *Server[P]) next(stopping context.Context, messages <-chan incoming) (in
 }
 
 // serve answers one message and says whether the connection goes on.
-func (s *Server[P]) serve(present, requests context.Context, c *wire.Conn, peer P, m incoming) (open bool) {
+func (s *Server[P]) serve(stopping, present, requests context.Context, c *wire.Conn, peer P, m incoming) (open bool) {
 	request, refusal := s.admit(peer.Key(), m)
 	if refusal != nil {
 		refuse(c, refusal)
@@ -410,7 +423,7 @@ func (s *Server[P]) serve(present, requests context.Context, c *wire.Conn, peer 
 	if request.Oneway {
 		ctx = requests
 	}
-	call := &Call{parameters: request.Parameters, files: m.files}
+	call := &Call{parameters: request.Parameters, files: m.files, send: func(r wire.Reply) error { return c.WriteMessage(r) }}
 	answer := new(Reply)
 	defer func() {
 		if v := recover(); v != nil {
@@ -424,7 +437,7 @@ func (s *Server[P]) serve(present, requests context.Context, c *wire.Conn, peer 
 		wire.CloseFiles(call.files)
 	}()
 
-	reply, err := s.call(ctx, peer, request, call)
+	reply, err := s.call(stopping, ctx, peer, request, call)
 	if reply != nil {
 		answer = reply
 	}
@@ -478,7 +491,7 @@ func (s *Server[P]) tooManyFiles(limit int) error {
 }
 
 // call finds the method and does it.
-func (s *Server[P]) call(ctx context.Context, peer P, request *wire.Request, call *Call) (*Reply, error) {
+func (s *Server[P]) call(stopping, ctx context.Context, peer P, request *wire.Request, call *Call) (*Reply, error) {
 	method, ok := s.config.Methods[request.Method]
 	if !ok {
 		name := interfaceOf(request.Method)
@@ -490,6 +503,8 @@ func (s *Server[P]) call(ctx context.Context, peer P, request *wire.Request, cal
 	switch {
 	case request.Upgrade:
 		return nil, InvalidParameter("upgrade")
+	case method.Streams && (!request.More || request.Oneway):
+		return nil, &Error{Name: serviceInterface + ".ExpectedMore"}
 	case method.MaxFiles == 0 && len(call.files) > 0:
 		return nil, errUnexpectedFile
 	case len(call.files) > method.MaxFiles:
@@ -498,7 +513,7 @@ func (s *Server[P]) call(ctx context.Context, peer P, request *wire.Request, cal
 		return nil, errQuota
 	}
 	defer s.config.Users.End(peer.Key())
-	ctx, cancel := context.WithTimeout(ctx, s.config.Limits.Request)
+	ctx, cancel := s.bound(stopping, ctx, method)
 	defer cancel()
 	reply, err := method.Handle(ctx, peer, call)
 	switch {
@@ -510,6 +525,16 @@ func (s *Server[P]) call(ctx context.Context, peer P, request *wire.Request, cal
 		return reply, errUnexpectedFile
 	}
 	return reply, nil
+}
+
+// bound gives a call its end in time.
+func (s *Server[P]) bound(stopping, ctx context.Context, method Method[P]) (context.Context, context.CancelFunc) {
+	if !method.Streams {
+		return context.WithTimeout(ctx, s.config.Limits.Request)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(stopping, cancel)
+	return ctx, func() { stop(); cancel() }
 }
 
 // interfaceOf is a method's name up to its last dot.

@@ -113,6 +113,27 @@ func serveUsers(t testing.TB, limits Limits, users *limit.Users) *fixture {
 				f.plain.Add(1)
 				return nil, nil
 			}),
+			// Counts up as long as the peer takes it, with a text of any size.
+			"org.example.test.Count": {Streams: true, Handle: func(ctx context.Context, _ testPeer, call *Call) (*Reply, error) {
+				var in struct {
+					To   int `json:"to"`
+					Size int `json:"size,omitempty"`
+				}
+				if err := call.Decode(&in); err != nil {
+					return nil, err
+				}
+				var err error
+				for i := 0; i < in.To && err == nil; i++ {
+					err = call.Send(map[string]any{"n": i, "text": strings.Repeat("x", in.Size)})
+				}
+				f.started <- struct{}{}
+				if err == nil && in.To == 0 {
+					<-ctx.Done()
+					err = ctx.Err()
+				}
+				f.ended <- err
+				return nil, err
+			}},
 			"org.example.test.Echo": {Handle: func(_ context.Context, _ testPeer, call *Call) (*Reply, error) {
 				var in struct {
 					Text string `json:"text"`
@@ -418,6 +439,50 @@ func TestOneway(t *testing.T) {
 	close(f.release)
 	if err := <-f.ended; err != nil {
 		t.Errorf("oneway call ended with %v", err)
+	}
+}
+
+func TestStream(t *testing.T) {
+	f := serve(t, Limits{Request: time.Millisecond, Write: 200 * time.Millisecond})
+	c := f.dial(t)
+	c.send(`{"method":"org.example.test.Count","parameters":{"to":3}}`)
+	c.want("org.varlink.service.ExpectedMore")
+	c.send(`{"method":"org.example.test.Count","parameters":{"to":3},"more":true,"oneway":true}`)
+	c.send(`{"method":"org.example.test.Count","parameters":{"to":3},"more":true}`)
+	c.want(`{"parameters":{"n":0,"text":""},"continues":true}`, `{"parameters":{"n":1,"text":""},"continues":true}`,
+		`{"parameters":{"n":2,"text":""},"continues":true}`, `{"parameters":{}}`)
+	if err := <-f.ended; err != nil {
+		t.Error(err)
+	}
+
+	// The time for a request is not a stream's, and the peer's leaving ends it.
+	c.send(`{"method":"org.example.test.Count","parameters":{"to":0},"more":true}`)
+	<-f.started
+	<-f.started
+	time.Sleep(50 * time.Millisecond)
+	_ = c.Close()
+	if err := <-f.ended; !errors.Is(err, context.Canceled) {
+		t.Errorf("ended with %v", err)
+	}
+
+	// A peer that doesn't read holds nobody up for long.
+	c = f.dial(t)
+	c.send(`{"method":"org.example.test.Count","parameters":{"to":1000,"size":100000},"more":true}`)
+	if err := <-f.ended; !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("ended with %v", err)
+	}
+
+	// Neither does a stream hold up the server's end.
+	c = f.dial(t)
+	c.send(`{"method":"org.example.test.Count","parameters":{"to":0},"more":true}`)
+	<-f.started
+	<-f.started
+	start := time.Now()
+	if err := f.stop(); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(start); took > 2*time.Second {
+		t.Errorf("stopping took %v", took)
 	}
 }
 
