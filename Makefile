@@ -50,6 +50,7 @@ install: all
 	install -D -m 0644 -t $(DESTDIR)$(CATALOGDIR) packaging/journal/bpfbroker.catalog
 	install -D -m 0644 -t $(DESTDIR)$(PROFILEDIR) packaging/profiles/*.profile
 	install -D -m 0644 -t $(DESTDIR)$(DATADIR)/doc/bpfbroker/polkit polkit/examples/*.rules
+	install -D -m 0644 -t $(DESTDIR)$(DATADIR)/doc/bpfbroker/units units/examples/profile.conf
 	install -d -m 0755 $(DESTDIR)/etc/bpfbroker/profiles.d
 	for page in $(MAN); do install -D -m 0644 -t $(DESTDIR)$(MANDIR)/man$${page##*.} $(BUILD)/man/$$page || exit 1; done
 	install -d -m 0755 $(DESTDIR)$(DATADIR)/bash-completion/completions $(DESTDIR)$(DATADIR)/zsh/site-functions $(DESTDIR)$(DATADIR)/fish/vendor_completions.d

@@ -53,9 +53,14 @@ func (a *app) run(ctx context.Context, profile string, root bool, args []string)
 		return err
 	}
 	signals := watchSignals(ctx)
+	managed := underManager()
 	command, err := a.start(signals.ctx, func(c *client.Client) *client.Command {
 		command := c.Command(profile, path)
 		command.Args, command.Root = args, root
+		command.Heir, command.Sibling = true, managed
+		if managed {
+			command.Granted = func(*client.Grant) error { return handOver(signals.ctx, command.PID()) }
+		}
 		return command
 	})
 	if err != nil {
@@ -68,6 +73,9 @@ func (a *app) run(ctx context.Context, profile string, root bool, args []string)
 			return cannotRun(args[0], notExecuted.Err, exitNotExecutable)
 		}
 		return err
+	}
+	if managed {
+		return nil // the service manager has the command now
 	}
 	signals.forwardTo(command)
 	status, err := command.Wait()
@@ -107,7 +115,14 @@ func (a *app) start(ctx context.Context, make func(*client.Client) *client.Comma
 	defer c.Close()
 	command = make(c)
 	// The terminal is the command's alone.
-	command.Granted = func(*client.Grant) { stop() }
+	granted := command.Granted
+	command.Granted = func(g *client.Grant) error {
+		stop()
+		if granted == nil {
+			return nil
+		}
+		return granted(g)
+	}
 	return command, command.Start(ctx)
 }
 

@@ -28,7 +28,7 @@ func checkNamespaces() Finding {
 		f.Reason, f.Remedy = cause, remedy
 		return f
 	}
-	process, err := kernel.Suspend("/bin/true", []string{"true"}, nil, false)
+	process, err := kernel.Suspend("/bin/true", []string{"true"}, nil, kernel.SuspendOptions{})
 	if err != nil {
 		f.Reason = err.Error()
 		f.Remedy = "have the administrator find out what forbids it: seccomp, a security module or a container's limits"

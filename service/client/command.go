@@ -37,12 +37,20 @@ type Command struct {
 	// Root has the command run as uid and gid 0 of its user namespace, which
 	// are the caller's own outside. Otherwise it keeps the caller's.
 	Root bool
+	// Heir has the command get what systemd meant for the caller: where Env says
+	// by the caller's pid whom it is for, as LISTEN_PID (sd_listen_fds(3)) and
+	// WATCHDOG_PID do, it says the command's instead.
+	Heir bool
+	// Sibling makes the command a child of the caller's parent, which sees its
+	// exit. Signal works, Wait doesn't. If Start fails, it exits with 126.
+	Sibling bool
 	// Granted, if not nil, is called when the broker has granted the profile,
-	// before the command runs.
-	Granted func(*Grant)
+	// before the command runs. An error keeps it from running, and is Start's.
+	Granted func(*Grant) error
 
 	client  *Client
 	process *kernel.Suspended
+	pid     int
 }
 
 // Command returns a command for Start.
@@ -60,10 +68,11 @@ func (c *Command) Start(ctx context.Context) (err error) {
 	if c.process != nil {
 		return errors.New("cannot start a command twice")
 	}
-	process, err := kernel.Suspend(c.Path, c.Args, c.environment(), c.Root)
+	process, err := kernel.Suspend(c.Path, c.Args, c.environment(), kernel.SuspendOptions{Root: c.Root, Heir: c.Heir, Sibling: c.Sibling})
 	if err != nil {
 		return err
 	}
+	c.pid = process.PID()
 	defer func() {
 		if err != nil {
 			process.Kill()
@@ -78,7 +87,9 @@ func (c *Command) Start(ctx context.Context) (err error) {
 		return err
 	}
 	if c.Granted != nil {
-		c.Granted(grant)
+		if err := c.Granted(grant); err != nil {
+			return err
+		}
 	}
 	if ctx.Err() != nil {
 		return canceled(ctx)
@@ -93,6 +104,9 @@ func (c *Command) Start(ctx context.Context) (err error) {
 	c.process = process
 	return nil
 }
+
+// PID is the command's pid, which it has from before Granted is called.
+func (c *Command) PID() int { return c.pid }
 
 // Wait waits for the command to end, and is called once. Its exit is no error,
 // whatever the status.
@@ -123,7 +137,11 @@ func (c *Command) environment() []string {
 	if env == nil {
 		env = os.Environ()
 	}
-	env = slices.DeleteFunc(slices.Clone(env), func(v string) bool { return strings.HasPrefix(v, tokenVariable) })
+	env = slices.DeleteFunc(slices.Clone(env), func(v string) bool {
+		// LISTEN_PIDFDID confirms LISTEN_PID where it is there, and would be the
+		// caller's.
+		return strings.HasPrefix(v, tokenVariable) || c.Heir && strings.HasPrefix(v, "LISTEN_PIDFDID=")
+	})
 	return append(env, tokenVariable+tokenPath)
 }
 

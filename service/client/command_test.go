@@ -226,7 +226,7 @@ func TestGranted(t *testing.T) {
 	t.Parallel()
 	c := newFake(t, grantOf(`"CAP_BPF"`)).client(t)
 	var got *Grant
-	_, _ = shell(t, c, "", func(c *Command) { c.Granted = func(g *Grant) { got = g } })
+	_, _ = shell(t, c, "", func(c *Command) { c.Granted = func(g *Grant) error { got = g; return nil } })
 	if got == nil || got.ID != "0123456789abcdef" {
 		t.Errorf("got %v", got)
 	}

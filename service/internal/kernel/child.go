@@ -77,8 +77,10 @@ type page struct {
 	statx unix.Statx_t
 	caps  [2]unix.CapUserData
 	capsH unix.CapUserHeader
-	limit unix.Rlimit
-	mask  uint64 // the signal mask that the parent's thread had
+	// variables are those of the command's environment that have its pid.
+	variables [4][32]byte
+	limit     unix.Rlimit
+	mask      uint64 // the signal mask that the parent's thread had
 }
 
 // child is a cloned process that executes batches of system calls. Its file
@@ -156,7 +158,7 @@ func newHelper(n *Namespaces) (_ *child, err error) {
 		c.free()
 		return nil, fmt.Errorf("cannot duplicate a socket: %w", err)
 	}
-	if err := c.clone(false); err != nil {
+	if err := c.clone(0); err != nil {
 		return nil, err
 	}
 	// It answers when it has its own descriptors.
@@ -168,20 +170,6 @@ func newHelper(n *Namespaces) (_ *child, err error) {
 		return nil, fmt.Errorf("cannot start the helper process: %w", err)
 	}
 	return c, nil
-}
-
-// newChild clones a child in new user and mount namespaces, with a copy of its
-// parent's file descriptors. The caller ends it with kill, from the same
-// goroutine: the calling goroutine is locked to its thread until then, because
-// the child's parent-death signal follows the thread.
-func newChild() (*child, error) {
-	c, end, err := prepare()
-	if err != nil {
-		return nil, err
-	}
-	defer unix.Close(end)
-	c.page.child = uintptr(end)
-	return c, c.clone(true)
 }
 
 // prepare makes what parent and child share. It also returns the child's end
@@ -217,10 +205,13 @@ func prepare() (*child, int, error) {
 	return c, pair[1], nil
 }
 
-// clone clones the child, or frees what was prepared for it.
-func (c *child) clone(namespaces bool) error {
+// clone clones the child, or frees what was prepared for it. flags are those of
+// a child with namespaces, 0 for a helper. The calling goroutine is locked to
+// its thread until kill, which it calls itself, because the child's parent-death
+// signal follows the thread.
+func (c *child) clone(flags uint64) error {
 	runtime.LockOSThread()
-	pid, pidfd, errno := clone(namespaces, c.page)
+	pid, pidfd, errno := clone(flags, c.page)
 	if errno != 0 {
 		runtime.UnlockOSThread()
 		c.free()
@@ -246,16 +237,19 @@ type cloneArgs struct {
 //
 //go:norace
 //go:noinline
-func clone(namespaces bool, p *page) (pid uintptr, pidfd int32, errno unix.Errno) {
+func clone(flags uint64, p *page) (pid uintptr, pidfd int32, errno unix.Errno) {
 	pidfd = -1
 	args := cloneArgs{
-		flags:      unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_PIDFD | unix.CLONE_CLEAR_SIGHAND,
+		flags:      flags | unix.CLONE_PIDFD | unix.CLONE_CLEAR_SIGHAND,
 		pidfd:      uint64(uintptr(unsafe.Pointer(&pidfd))),
 		exitSignal: uint64(unix.SIGCHLD),
 	}
+	if flags&unix.CLONE_PARENT != 0 {
+		args.exitSignal = 0 // it has its parent's (clone(2))
+	}
 	all := ^uint64(0)
 	unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&all)), uintptr(unsafe.Pointer(&p.mask)), unsafe.Sizeof(all), 0, 0)
-	if namespaces {
+	if flags != 0 {
 		pid, errno = cloneRaw(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&args)), unsafe.Sizeof(args), p)
 	} else {
 		pid, errno = cloneRaw(unix.SYS_CLONE, unix.CLONE_FILES, 0, p)

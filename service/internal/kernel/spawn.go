@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"unsafe"
@@ -19,16 +21,33 @@ type Suspended struct {
 	c          *child
 	path       *byte
 	argv, envp []*byte
+	sibling    bool
 	// PidFD is the process's pidfd; it belongs to the Suspended.
 	PidFD *os.File
 }
 
+// SuspendOptions say how a suspended process differs from a plain child.
+type SuspendOptions struct {
+	// Root maps root's uid and gid instead of the caller's own.
+	Root bool
+	// Heir has the variables by which systemd says whom an environment is for
+	// name the process where they name the caller: LISTEN_PID, WATCHDOG_PID,
+	// SYSTEMD_EXEC_PID.
+	Heir bool
+	// Sibling makes the process a child of the caller's parent, which the
+	// caller cannot wait for.
+	Sibling bool
+}
+
+// ExitNotExecuted is the exit status of a sibling that was given up.
+const ExitNotExecuted = 126
+
 // Suspend clones a process that will execute path with the arguments and the
-// environment. Its only uid is the caller's own, or root's if root is set,
-// and likewise its gid. The goroutine stays locked to its thread until Exec
-// succeeds or Kill is called, from the same goroutine.
-func Suspend(path string, argv, env []string, root bool) (_ *Suspended, err error) {
-	s := &Suspended{}
+// environment. Its only uid and gid are those of the caller, or root's. The
+// goroutine stays locked to its thread until Exec succeeds or Kill is called,
+// from the same goroutine.
+func Suspend(path string, argv, env []string, options SuspendOptions) (_ *Suspended, err error) {
+	s := &Suspended{sibling: options.Sibling}
 	if s.path, err = unix.BytePtrFromString(path); err != nil {
 		return nil, fmt.Errorf("cannot execute %q: %w", path, err)
 	}
@@ -38,19 +57,62 @@ func Suspend(path string, argv, env []string, root bool) (_ *Suspended, err erro
 	if s.envp, err = syscall.SlicePtrFromStrings(env); err != nil {
 		return nil, fmt.Errorf("cannot pass the environment: %w", err)
 	}
-	if s.c, err = newChild(); err != nil {
+	c, end, err := prepare()
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(end)
+	c.page.child = uintptr(end)
+	var heirlooms []string
+	if options.Heir {
+		heirlooms = s.shareVariables(c.page, env)
+	}
+	flags := uint64(unix.CLONE_NEWUSER | unix.CLONE_NEWNS)
+	if options.Sibling {
+		flags |= unix.CLONE_PARENT
+		c.parent = uintptr(os.Getppid())
+	}
+	if err := c.clone(flags); err != nil {
 		return nil, fmt.Errorf("cannot make a user namespace: %w", err)
 	}
-	s.PidFD = os.NewFile(uintptr(s.c.pidfd), "pidfd")
+	s.c = c
+	for i, name := range heirlooms {
+		copy(c.variables[i][:], name+strconv.Itoa(c.pid)+"\x00")
+	}
+	s.PidFD = os.NewFile(uintptr(c.pidfd), "pidfd")
 	defer func() {
 		if err != nil {
 			s.Kill()
 		}
 	}()
-	if _, _, err := s.c.do(false, deathSignal(unix.SIGKILL)); err != nil {
+	first := deathSignal(unix.SIGKILL)
+	if options.Sibling {
+		// It is told of the caller's end by that of their connection, of which it
+		// has a copy of both ends.
+		first = call{number: unix.SYS_CLOSE, args: [6]uintptr{uintptr(c.socket)}}
+	}
+	if _, _, err := c.do(false, first); err != nil {
 		return nil, fmt.Errorf("cannot start a process: %w", err)
 	}
-	return s, s.mapIDs(root)
+	return s, s.mapIDs(options.Root)
+}
+
+// shareVariables has the environment's variables that name the caller read from
+// the shared page, since the process's pid isn't known before it has its copy of
+// everything else. It returns their names, in the order of the page.
+func (s *Suspended) shareVariables(p *page, env []string) (names []string) {
+	own := strconv.Itoa(os.Getpid())
+	for i, variable := range env {
+		name, value, _ := strings.Cut(variable, "=")
+		switch name {
+		case "LISTEN_PID", "WATCHDOG_PID", "SYSTEMD_EXEC_PID":
+			if value == own && len(names) < len(p.variables) {
+				s.envp[i] = &p.variables[len(names)][0]
+				names = append(names, name+"=")
+			}
+		}
+	}
+	return names
 }
 
 func deathSignal(signal syscall.Signal) call {
@@ -130,12 +192,16 @@ var startLimit = sync.OnceValue(func() unix.Rlimit {
 	return start
 })
 
+// PID is the process's pid.
+func (s *Suspended) PID() int { return s.c.pid }
+
 // Signal sends a signal to the process.
 func (s *Suspended) Signal(signal syscall.Signal) error {
 	return unix.PidfdSendSignal(int(s.PidFD.Fd()), signal, nil, 0)
 }
 
-// Wait waits for an executed command to end and gives the process up.
+// Wait waits for an executed command to end and gives the process up. That of a
+// sibling is ECHILD at once.
 func (s *Suspended) Wait() (syscall.WaitStatus, error) {
 	defer s.PidFD.Close()
 	var status unix.WaitStatus
@@ -147,9 +213,19 @@ func (s *Suspended) Wait() (syscall.WaitStatus, error) {
 	}
 }
 
-// Kill ends a process whose Exec did not succeed, and gives it up.
+// Kill ends a process whose Exec did not succeed, and gives it up. A sibling
+// exits, with ExitNotExecuted: its parent may judge by that.
 func (s *Suspended) Kill() {
-	s.c.hung = true // to be waited for: it has nothing that could hold it up
-	s.c.kill()
-	_ = s.PidFD.Close()
+	defer s.PidFD.Close()
+	if !s.sibling {
+		s.c.hung = true // to be waited for: it has nothing that could hold it up
+		s.c.kill()
+		return
+	}
+	if s.c.post(false, call{number: unix.SYS_EXIT_GROUP, args: [6]uintptr{ExitNotExecuted}}) == nil {
+		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(s.PidFD.Fd()), Events: unix.POLLIN}}, int(childTimeout.Milliseconds()))
+	}
+	_ = s.Signal(unix.SIGKILL) // not by its pid, which its parent may have freed
+	runtime.UnlockOSThread()
+	s.c.free()
 }

@@ -36,7 +36,7 @@ func init() {
 	// suspend ROOT PATH ARGUMENT...: answers with the pid.
 	ops["suspend"] = func(args []string, _ []*os.File) (string, []*os.File, error) {
 		var err error
-		if suspended, err = Suspend(args[1], args[2:], []string{"A=b", "C="}, args[0] == "root"); err != nil {
+		if suspended, err = Suspend(args[1], args[2:], []string{"A=b", "C="}, SuspendOptions{Root: args[0] == "root"}); err != nil {
 			return "", nil, err
 		}
 		return strconv.Itoa(suspended.c.pid), nil, nil
@@ -286,7 +286,7 @@ func TestSignalSuspended(t *testing.T) {
 	testtarget.NoLeaks(t)
 	file := filepath.Join(t.TempDir(), "file")
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGKILL} {
-		s, err := Suspend(program(t, "sh"), []string{"sh", "-c", "trap '' INT TERM; echo >" + file}, os.Environ(), false)
+		s, err := Suspend(program(t, "sh"), []string{"sh", "-c", "trap '' INT TERM; echo >" + file}, os.Environ(), SuspendOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -335,7 +335,7 @@ func TestExecFails(t *testing.T) {
 		"no such capability":   {sleep, []string{"sleep", "60"}, []int{63}, unix.EINVAL},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s, err := Suspend(test.path, test.argv, os.Environ(), false)
+			s, err := Suspend(test.path, test.argv, os.Environ(), SuspendOptions{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -346,13 +346,13 @@ func TestExecFails(t *testing.T) {
 		})
 	}
 	for name, strings := range map[string][3]string{"path": {"a\x00", "b", "c"}, "argument": {"a", "b\x00", "c"}, "environment": {"a", "b", "c\x00"}} {
-		if s, err := Suspend(strings[0], []string{strings[1]}, []string{strings[2]}, false); err == nil {
+		if s, err := Suspend(strings[0], []string{strings[1]}, []string{strings[2]}, SuspendOptions{}); err == nil {
 			s.Kill()
 			t.Errorf("a NUL is in the %s", name)
 		}
 	}
 	// One that isn't wanted any more.
-	s, err := Suspend(sleep, []string{"sleep", "60"}, nil, false)
+	s, err := Suspend(sleep, []string{"sleep", "60"}, nil, SuspendOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
