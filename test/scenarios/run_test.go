@@ -260,17 +260,7 @@ func TestLeavingDuringTheQuestion(t *testing.T) {
 // Whoever sits at the machine gets what the tier basic is, unasked.
 func TestActiveSession(t *testing.T) {
 	leavesNothing(t)
-	must(t, "root", `cat >/etc/bpfbroker/profiles.d/maps.profile <<END
-[Profile]
-Description=Maps alone
-[Delegate]
-Commands=map_create
-Maps=array hash
-END
-systemctl reload bpfbroker.service`)
-	t.Cleanup(func() {
-		must(t, "root", "rm /etc/bpfbroker/profiles.d/maps.profile; systemctl reload bpfbroker.service")
-	})
+	mapsProfile(t)
 	refused(t, "bob", "bpfbroker run -p maps -- true", 77, "(polkit)")
 	session := login(t, "bob")
 	out, err := session.Command(t.Context(), "bpfbroker", "run", "-p", "maps", "--", "id", "-un").CombinedOutput()
