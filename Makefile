@@ -84,11 +84,11 @@ clean:
 
 # What can be checked without privileges.
 check:
-	@unformatted=$$(gofmt -l cmd packaging service test); [ -z "$$unformatted" ] || { echo "not gofmt-clean: $$unformatted" >&2; exit 1; }
+	@unformatted=$$(gofmt -l cmd packaging service test units); [ -z "$$unformatted" ] || { echo "not gofmt-clean: $$unformatted" >&2; exit 1; }
 	$(GO) mod tidy -diff
 	$(GO) vet -tags root,kernels ./...
 	$(STATICCHECK) -tags root,kernels ./...
-	$(GO) test ./cmd/... ./packaging/... ./service/...
+	$(GO) test ./cmd/... ./packaging/... ./service/... ./units/...
 
 # Everything from here on needs root, the network and a Debian, and installs
 # with apt what is missing.

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -51,6 +52,11 @@ func shell(t *testing.T, c *Client, script string, set func(*Command)) (string, 
 func TestCommand(t *testing.T) {
 	t.Setenv("LIBBPF_BPF_TOKEN_PATH", "/elsewhere")
 	t.Setenv("KEPT", "kept")
+	t.Setenv("LISTEN_PID", strconv.Itoa(os.Getpid()))
+	t.Setenv("LISTEN_PIDFDID", "1")
+	t.Setenv("WATCHDOG_PID", strconv.Itoa(os.Getpid()))
+	t.Setenv("SYSTEMD_EXEC_PID", "1")
+	const meant = "echo $((LISTEN_PID - $$)) $LISTEN_PIDFDID $((WATCHDOG_PID - $$)) $SYSTEMD_EXEC_PID"
 	c := newFake(t, grantOf(`"CAP_BPF","CAP_NET_ADMIN"`)).client(t)
 	uid, gid := os.Getuid(), os.Getgid()
 	const signals = "grep -E '^Sig(Blk|Ign)' /proc/self/status"
@@ -64,6 +70,8 @@ func TestCommand(t *testing.T) {
 		{"capabilities", "grep -E '^Cap(Inh|Amb)' /proc/self/status | cut -f2 | sort -u", nil, "0000008000001000"},
 		{"no new privileges are left", "grep NoNewPrivs /proc/self/status | cut -f2", nil, "0"},
 		{"ids", "id -u; id -g", nil, fmt.Sprintf("%d\n%d", uid, gid)},
+		{"an heir's environment", meant, func(c *Command) { c.Heir = true }, "0 0 1"},
+		{"another's environment", strings.ReplaceAll(meant, "$$", "$PPID"), nil, "0 1 0 1"},
 		{"root", "id -u; id -g", func(c *Command) { c.Root = true }, "0\n0"},
 		{"signals", signals, nil, inherited(t, signals)},
 		{"files", "exec ls /proc/self/fd", nil, inherited(t, "exec ls /proc/self/fd")},
@@ -106,6 +114,44 @@ func ownNamespaces(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return path
+}
+
+// A sibling is a child of whoever started the test.
+func TestSibling(t *testing.T) {
+	t.Parallel()
+	c := newFake(t, grantOf("")).client(t)
+	out := filepath.Join(t.TempDir(), "out")
+	command := c.Command("network", "/bin/sh", "-c", "echo $PPID $$ >"+out)
+	command.Sibling = true
+	if err := command.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	want := fmt.Sprintf("%d %d\n", os.Getppid(), command.PID())
+	eventually(t, "the command to say whose it is", func() bool {
+		text, _ := os.ReadFile(out)
+		return string(text) == want
+	})
+}
+
+// An error of Granted's keeps the command from running.
+func TestNotWanted(t *testing.T) {
+	t.Parallel()
+	c := newFake(t, grantOf("")).client(t)
+	marker := filepath.Join(t.TempDir(), "ran")
+	for _, sibling := range []bool{false, true} {
+		command := c.Command("network", "/bin/touch", marker)
+		unwanted := errors.New("not wanted")
+		command.Sibling, command.Granted = sibling, func(*Grant) error { return unwanted }
+		if err := command.Start(t.Context()); !errors.Is(err, unwanted) {
+			t.Errorf("got %v", err)
+		}
+		if _, err := os.Stat(marker); err == nil {
+			t.Error("the command ran")
+		}
+		if err := syscall.Kill(command.PID(), 0); err == nil && !sibling { // one is a zombie of its parent's
+			t.Error("the process is still there")
+		}
+	}
 }
 
 func TestCommandStatus(t *testing.T) {

@@ -100,7 +100,7 @@ func TestInstalled(t *testing.T) {
 	must(t, "root", "systemd-analyze verify --man=no bpfbroker.service bpfbroker.socket")
 	must(t, "root", "varlinkctl introspect "+broker+" org.bpfbroker.Broker | varlinkctl validate-idl /dev/stdin")
 	must(t, "root", "pkaction --action-id org.bpfbroker.token-tracing --verbose | grep -q 'implicit active:.*auth_admin'")
-	must(t, "root", "systemd-analyze security --threshold=30 bpfbroker.service")
+	must(t, "root", "systemd-analyze security --threshold=27 bpfbroker.service")
 	must(t, "root", "journalctl --update-catalog && journalctl --catalog --list-catalog | grep -c bpfbroker")
 	for _, shell := range []string{"bash-completion/completions/bpfbroker", "zsh/site-functions/_bpfbroker", "fish/vendor_completions.d/bpfbroker.fish"} {
 		must(t, "root", "test -s /usr/share/"+shell)

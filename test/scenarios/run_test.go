@@ -267,4 +267,6 @@ func TestActiveSession(t *testing.T) {
 	if err != nil || string(out) != "bob\n" {
 		t.Errorf("in an active session: %v\n%s", err, out)
 	}
+	// While bob sits there, polkit takes his services for his session's.
+	must(t, "bob", "XDG_RUNTIME_DIR=/run/user/1001 systemd-run --user --quiet --collect --wait --pipe bpfbroker run -p maps -- true")
 }

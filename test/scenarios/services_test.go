@@ -157,6 +157,9 @@ func TestUserServiceStatus(t *testing.T) {
 			t.Errorf("%s: %+v, want exit status %d", command, r, want)
 		}
 	}
+	// What needs a user namespace of the manager's making is in one already.
+	sandboxed := strings.Replace(fmt.Sprintf(service, "status"), "-p ", "-p PrivateUsers=yes -p ", 1)
+	refused(t, "alice", sandboxed+"bpfbroker run -p network -- true", 1, "(target)")
 	r := run(t, "alice", strings.Replace(fmt.Sprintf(service, "status"), "-p NotifyAccess=main", "", 1)+"bpfbroker run -p network -- bash -c 'exit 7'")
 	if r.code != 7 {
 		t.Errorf("without a manager that listens: %+v", r)
