@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"os/signal"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -54,6 +55,11 @@ func (a *app) run(ctx context.Context, profile string, root bool, args []string)
 	}
 	signals := watchSignals(ctx)
 	managed := underManager()
+	if managed {
+		// As in systemd's other services (IgnoreSIGPIPE=): Go takes the signal,
+		// and doesn't say whether it was ignored.
+		signal.Ignore(syscall.SIGPIPE)
+	}
 	command, err := a.start(signals.ctx, func(c *client.Client) *client.Command {
 		command := c.Command(profile, path)
 		command.Args, command.Root = args, root

@@ -144,6 +144,7 @@ func TestUserServiceStatus(t *testing.T) {
 		"bash -c 'test $(ulimit -n):$(ulimit -Hn) = 321:654'":                           0,
 		"bash -c '! test -v LISTEN_PID && test $SYSTEMD_EXEC_PID = $$'":                 0,
 		"bash -c 'bpfbroker run -p network -- bash -c \"exit 5\" 2>/dev/null; exit $?'": 1, // nested
+		"grep SigIgn:.0000000000001000 /proc/self/status":                    0,
 	} {
 		if r := run(t, "alice", strings.Replace(fmt.Sprintf(service, "status"), "-p ", "-p LimitNOFILE=321:654 -p ", 1)+"bpfbroker run -p network -- "+command); r.code != want {
 			t.Errorf("%s: %+v, want exit status %d", command, r, want)
@@ -194,4 +195,21 @@ func TestUserUnitForged(t *testing.T) {
 	})
 	refused(t, "bob", strings.ReplaceAll(fmt.Sprintf(service, "profiler"), "1000", "1001")+tracing, 77, "(polkit)")
 	refused(t, "bob", "bash -c 'echo $$ >/sys/fs/cgroup/user.slice/user-1000.slice/user@1000.service/cgroup.procs'", 1, "Permission denied")
+}
+
+// Whoever kills bpfbroker before its command runs has killed the command too.
+func TestUserServiceKilledEarly(t *testing.T) {
+	leavesNothing(t)
+	linger(t)
+	must(t, "root", "systemctl start polkit.service && systemctl kill --signal=STOP polkit.service")
+	resume := func() { must(t, "root", "systemctl kill --signal=CONT polkit.service") }
+	t.Cleanup(resume)
+	must(t, "alice", ofAlice+"systemd-run --user --quiet --collect -p NotifyAccess=main -p KillMode=process --unit=killed bpfbroker run -p network -- touch /tmp/it-ran")
+	// bpfbroker, and what is to be the command.
+	const processes = "pgrep -c -u alice -f 'bpfbroker run -p network' || true"
+	eventually(t, "bpfbroker waits for polkit", func() bool { return must(t, "root", processes) == "2\n" })
+	must(t, "alice", ofAlice+"systemctl --user kill --kill-whom=main --signal=KILL killed.service")
+	eventually(t, "both have gone", func() bool { return must(t, "root", processes) == "0\n" })
+	resume()
+	must(t, "root", "sleep 0.5; ! test -e /tmp/it-ran")
 }
