@@ -143,7 +143,7 @@ func TestExamples(t *testing.T) {
 	}
 	actions := constants(t)
 	action := regexp.MustCompile(`"(org\.bpfbroker\.[^"]*)"`)
-	detail := regexp.MustCompile(`action\.lookup\("([^"]*)"\)`)
+	detail := regexp.MustCompile(`action\.lookup\("([^"]*)"\) == "([^"]*)"`)
 	for _, name := range names {
 		data, err := os.ReadFile(name)
 		if err != nil {
@@ -155,9 +155,19 @@ func TestExamples(t *testing.T) {
 				t.Errorf("%s: there is no action %s", name, match[1])
 			}
 		}
-		for _, match := range detail.FindAllStringSubmatch(text, -1) {
+		lookups := detail.FindAllStringSubmatch(text, -1)
+		if len(lookups) != strings.Count(text, "lookup") {
+			t.Errorf("%s: looks a detail up in a way that nobody checks", name)
+		}
+		for _, match := range lookups {
 			if !slices.Contains(detailKeys, match[1]) {
 				t.Errorf("%s: there is no detail %s", name, match[1])
+			}
+			if match[1] == DetailGuard && !slices.Contains([]string{"active", "absent", "unneeded"}, match[2]) {
+				t.Errorf("%s: the guard is never %q", name, match[2])
+			}
+			if match[1] == DetailTier && !slices.Contains(actions, "org.bpfbroker.token-"+match[2]) {
+				t.Errorf("%s: there is no tier %q", name, match[2])
 			}
 		}
 		if strings.Contains(text, "Result.YES") && !strings.Contains(text, "subject.") {
