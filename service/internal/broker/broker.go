@@ -7,11 +7,11 @@ package broker
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"sync/atomic"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
-	"github.com/bpfbroker/bpfbroker/service/internal/delegate"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
 	"github.com/bpfbroker/bpfbroker/service/internal/journal"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
@@ -37,19 +37,23 @@ type Broker struct {
 // The caller closes it.
 func New(a Authority, profiles *profile.Set, dir string) (*Broker, error) {
 	b := &Broker{authority: a}
-	b.SetProfiles(profiles)
 	var err error
-	b.ledger, err = grant.Open(dir, undo, b.ended)
-	return b, err
+	if b.ledger, err = grant.Open(dir, undo, b.ended); err != nil {
+		return nil, err
+	}
+	b.SetProfiles(profiles)
+	return b, nil
 }
 
-// SetProfiles offers other profiles from now on, and logs what is wrong with
-// them.
+// SetProfiles offers other profiles from now on, logs what is wrong with them, and
+// ends the grants that have more than they give. Those are hidden when it returns,
+// and undone afterwards.
 func (b *Broker) SetProfiles(profiles *profile.Set) {
 	for _, err := range profiles.Errors() {
 		slog.Warn("cannot offer a profile", "error", err)
 	}
 	b.profiles.Store(profiles)
+	b.narrow(profiles)
 }
 
 // Grants returns the number of grants there are. While there are any, the
@@ -82,11 +86,14 @@ func (c Caller) unitName() string {
 }
 
 // undo unmounts what was mounted in a target.
-func undo(g grant.Grant, process *kernel.Process) error {
-	if g.Path == "" {
+func undo(g grant.Grant, namespaces *kernel.Namespaces) error {
+	switch {
+	case g.Path == "":
 		return nil
+	case namespaces == nil:
+		return fmt.Errorf("cannot unmount %s, if other processes have it: the grant's process ended while the daemon was stopped", g.Path)
 	}
-	return delegate.Unmount(process, g.Mount, g.Path)
+	return kernel.Detach(namespaces, g.Target, g.Mount, g.Path)
 }
 
 // ended writes into the journal that a grant is over; who revokes one writes
@@ -104,9 +111,10 @@ func (b *Broker) ended(g grant.Grant, reason grant.Reason, err error) {
 }
 
 var endings = map[grant.Reason]journal.Event{
-	grant.Expired: journal.GrantExpired,
-	grant.Exited:  journal.GrantProcessEnded,
-	grant.Undone:  journal.GrantUndone,
+	grant.Expired:  journal.GrantExpired,
+	grant.Exited:   journal.GrantProcessEnded,
+	grant.Narrowed: journal.GrantNarrowed,
+	grant.Undone:   journal.GrantUndone,
 }
 
 func grantAttrs(g grant.Grant) []slog.Attr {

@@ -9,11 +9,10 @@ import (
 	"log/slog"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
-	"github.com/bpfbroker/bpfbroker/service/internal/delegate"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
 	"github.com/bpfbroker/bpfbroker/service/internal/journal"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
-	"github.com/bpfbroker/bpfbroker/service/internal/peer"
+	"github.com/bpfbroker/bpfbroker/service/internal/profile"
 )
 
 // ListGrants returns the caller's own grants, or those of all users, the oldest
@@ -37,13 +36,17 @@ func (b *Broker) GetGrant(ctx context.Context, c Caller, id string) (grant.Grant
 }
 
 // RenewGrant gives a grant the lease that its profile has now, from now. The
-// authority is asked as for a new grant.
+// authority is asked as for a new grant. What the grant allows stays as it is, so
+// that the profile has to give as much now.
 func (b *Broker) RenewGrant(ctx context.Context, c Caller, id string) (grant.Grant, error) {
 	g, err := b.renew(ctx, c, id)
-	if err != nil {
-		return g, Refuse(fmt.Errorf("cannot renew %.64q: %w", id, err))
+	if errors.Is(err, grant.ErrNotFound) {
+		err = fmt.Errorf("cannot renew %.64q: %w", id, err)
 	}
-	b.watchers.tell(func(w Watcher) { w.Renewed(g) })
+	if err != nil {
+		return g, Refuse(err)
+	}
+	b.watchers.tell(func(w Watcher) { w.Leased(g) })
 	return g, nil
 }
 
@@ -52,28 +55,17 @@ func (b *Broker) renew(ctx context.Context, c Caller, id string) (grant.Grant, e
 	if err != nil {
 		return g, err
 	}
-	p, err := b.offered(g.Profile)
-	if err != nil {
-		return g, err
-	}
 	process, err := kernel.FindProcess(g.PID, g.Inode)
 	if err != nil {
 		return g, err
 	}
 	defer process.Close()
-	target, err := delegate.NewTarget(process)
+	a, err := b.authorizeToken(ctx, c, g.Profile, process, func(p *profile.Profile) error { return stillIn(g, p) })
 	if err != nil {
 		return g, err
 	}
-	defer target.Close()
-	unit, err := peer.UnitOf(process)
-	if err != nil {
-		return g, err
-	}
-	if err := b.authorizeToken(ctx, c, p, target, unit); err != nil {
-		return g, err
-	}
-	return b.ledger.Renew(g.ID, p.Lease)
+	defer a.target.Close()
+	return b.ledger.Renew(g.ID, a.profile.Lease)
 }
 
 // RevokeGrant ends a grant. It returns what that could not reach: phrases for

@@ -59,29 +59,14 @@ func (b *Broker) grantToken(ctx context.Context, c Caller, profileName string, p
 		}
 	}()
 
-	p, err := b.offered(profileName)
+	a, err := b.authorizeToken(ctx, c, profileName, process, func(*profile.Profile) error { return b.ledger.Room(c.UID) })
 	if err != nil {
 		return g, err
 	}
-	target, err := delegate.NewTarget(process)
-	if err != nil {
-		return g, err
-	}
-	defer target.Close()
-	unit, err := peer.UnitOf(process)
-	if err != nil {
-		return g, err
-	}
-	// Nobody should type a password for what can't be had anyway.
-	if err := b.ledger.Room(c.UID); err != nil {
-		return g, err
-	}
+	defer a.target.Close()
+	p := a.profile
 
-	if err := b.authorizeToken(ctx, c, p, target, unit); err != nil {
-		return g, err
-	}
-
-	f, err := target.Filesystem(p)
+	f, err := a.target.Filesystem(p)
 	if err != nil {
 		return g, err
 	}
@@ -91,19 +76,20 @@ func (b *Broker) grantToken(ctx context.Context, c Caller, profileName string, p
 		Profile:      p.Name,
 		Tier:         p.Tier(guarded).String(),
 		Owner:        c.UID,
-		Target:       target.Owner,
-		Unit:         unit.Name(),
+		Target:       a.target.Owner,
+		Unit:         a.unit.Name(),
 		PID:          process.PID,
 		Inode:        process.Inode,
 		Path:         path,
 		Capabilities: p.AmbientCapabilities(),
 		NotEnforced:  p.NotEnforced(),
+		Rights:       p.Rights(),
 	}
 	if path != "" {
 		g.Mount = f.ID
 	}
 	g.SetLease(p.Lease)
-	if err := b.ledger.Begin(&g, process); err != nil {
+	if err := b.ledger.Begin(&g, process, a.target.Namespaces()); err != nil {
 		return g, err
 	}
 	err = hand(f)
@@ -112,6 +98,11 @@ func (b *Broker) grantToken(ctx context.Context, c Caller, profileName string, p
 	}
 	if err != nil {
 		b.ledger.Abort(g.ID)
+		return g, err
+	}
+	// SetProfiles sees live grants alone.
+	if err := b.unchanged(p); err != nil {
+		b.Withdraw(g.ID)
 		return g, err
 	}
 	journal.GrantMade.Log(ctx, append(grantAttrs(g), slog.String(journal.KeyNotEnforced, strings.Join(g.NotEnforced, ", ")))...)
@@ -150,33 +141,77 @@ func (b *Broker) offered(name string) (*profile.Profile, error) {
 	return p, nil
 }
 
-// authorizeToken asks the authority, and then checks again what it was asked about.
-func (b *Broker) authorizeToken(ctx context.Context, c Caller, p *profile.Profile, target *delegate.Target, unit peer.Unit) error {
-	callerUnit := unit
-	if target.Process != c.Process {
+// authorized is what the authority said yes to.
+type authorized struct {
+	profile *profile.Profile
+	target  *delegate.Target
+	unit    peer.Unit // the target's
+}
+
+// authorizeToken goes from the profile to the authority, asks it, and then checks
+// again what it was asked about. possible says whether the profile could be
+// granted or renewed at all: nobody should type a password for what can't be had
+// anyway. The caller closes the target.
+func (b *Broker) authorizeToken(ctx context.Context, c Caller, profileName string, process *kernel.Process, possible func(*profile.Profile) error) (a authorized, err error) {
+	if a.profile, err = b.offered(profileName); err != nil {
+		return a, err
+	}
+	if a.target, err = delegate.NewTarget(process); err != nil {
+		return a, err
+	}
+	defer func() {
+		if err != nil {
+			a.target.Close()
+		}
+	}()
+	if a.unit, err = peer.UnitOf(process); err != nil {
+		return a, err
+	}
+	if err := possible(a.profile); err != nil {
+		return a, err
+	}
+	if err := b.ask(ctx, c, a); err != nil {
+		return a, err
+	}
+	// Much may have changed while somebody looked for a password.
+	if err := b.unchanged(a.profile); err != nil {
+		return a, err
+	}
+	if err := a.target.Recheck(); err != nil {
+		return a, err
+	}
+	return a, ctx.Err()
+}
+
+// ask asks the authority.
+func (b *Broker) ask(ctx context.Context, c Caller, a authorized) error {
+	callerUnit := a.unit
+	if a.target.Process != c.Process {
 		var err error
 		if callerUnit, err = peer.UnitOf(c.Process); err != nil {
 			return err
 		}
 	}
-	others := target.Owner != c.UID
-	action := tokenAction(p.Tier(guarded), others)
-	details := tokenDetailsOf(p, target.Owner, callerUnit, unit)
-	err := b.authority.Check(ctx, c.subject(), action, details, c.Interactive)
+	p, owner := a.profile, a.target.Owner
+	others := owner != c.UID
+	err := b.authority.Check(ctx, c.subject(), tokenAction(p.Tier(guarded), others), tokenDetailsOf(p, owner, callerUnit, a.unit), c.Interactive)
 	denied := errors.Is(err, authority.ErrDenied) || errors.Is(err, authority.ErrChallenge) || errors.Is(err, authority.ErrDismissed)
-	if others && denied {
+	switch {
+	case err == nil:
+		return nil
+	case others && denied:
 		return &Error{
 			Name:   "NamespaceNotOwned",
-			Reason: fmt.Sprintf("cannot grant %s: the user namespace belongs to uid %d: %v", p.Name, target.Owner, err),
+			Reason: fmt.Sprintf("cannot grant %s: the user namespace belongs to uid %d: %v", p.Name, owner, err),
 			Layer:  "polkit",
 			Remedy: "ask for a process in a user namespace of your own",
 		}
 	}
-	if err != nil {
-		return fmt.Errorf("cannot grant %s: %w", p.Name, err)
-	}
+	return fmt.Errorf("cannot grant %s: %w", p.Name, err)
+}
 
-	// Much may have changed while somebody looked for a password.
+// unchanged returns an error unless a profile can be granted as it was.
+func (b *Broker) unchanged(p *profile.Profile) error {
 	again, err := b.offered(p.Name)
 	if err != nil {
 		return err
@@ -184,10 +219,7 @@ func (b *Broker) authorizeToken(ctx context.Context, c Caller, p *profile.Profil
 	if !reflect.DeepEqual(again, p) {
 		return &Error{Name: "Busy", Reason: fmt.Sprintf("cannot grant %s: the profile has changed meanwhile", p.Name), Layer: "profile", Remedy: "ask again"}
 	}
-	if err := target.Recheck(); err != nil {
-		return err
-	}
-	return ctx.Err()
+	return nil
 }
 
 // tokenDetailsOf is what the authority is told: tokenDetails, from what the

@@ -22,6 +22,7 @@ import (
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
+	"github.com/bpfbroker/bpfbroker/service/internal/profile"
 	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
 )
 
@@ -45,6 +46,7 @@ func TestAcquireToken(t *testing.T) {
 		PID: c.Process.PID, Inode: c.Process.Inode, Unit: g.Unit,
 		Created: g.Created, Expires: g.Created + time.Hour.Microseconds(), Deadline: g.Deadline,
 		Capabilities: []string{"CAP_BPF"}, NotEnforced: []string{"Lease="},
+		Began: g.Began, Rights: &profile.Rights{Commands: 1, Maps: 1 << 1},
 	}
 	if diff := cmp.Diff(want, g); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
@@ -353,7 +355,7 @@ func TestQuota(t *testing.T) {
 	c := caller(t, alice, p)
 	for range grant.MaxPerUser {
 		g := grant.Grant{Owner: alice, PID: c.Process.PID, Inode: c.Process.Inode}
-		if err := f.Broker.ledger.Begin(&g, c.Process); err != nil {
+		if err := f.Broker.ledger.Begin(&g, c.Process, nil); err != nil {
 			t.Fatal(err)
 		}
 		if err := f.Broker.ledger.Commit(g.ID); err != nil {

@@ -11,8 +11,9 @@ import (
 // Watcher hears of grants. Its functions are called one at a time and in the
 // order of what happened, and nobody waits for them.
 type Watcher struct {
-	Made, Renewed func(grant.Grant)
-	Ended         func(grant.Grant, grant.Reason)
+	// Leased gets a grant whose lease is another one than before.
+	Made, Leased func(grant.Grant)
+	Ended        func(grant.Grant, grant.Reason)
 }
 
 // Watch has w hear of every grant from now on.

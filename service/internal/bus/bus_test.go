@@ -237,7 +237,7 @@ func newFakeBroker() *fakeBroker {
 }
 
 func (b *fakeBroker) Watch(w broker.Watcher) {
-	b.made, b.renewed, b.ended = w.Made, w.Renewed, w.Ended
+	b.made, b.renewed, b.ended = w.Made, w.Leased, w.Ended
 }
 
 var testProfile = &profile.Profile{Name: "network", Description: "d", Lease: time.Hour, Files: []string{"/x"}}

@@ -117,9 +117,9 @@ func New(config Config) (*Front, error) {
 		return nil, err
 	}
 	f.Broker.Watch(broker.Watcher{
-		Made:    func(g grant.Grant) { f.signal(g, madeSignals) },
-		Renewed: func(g grant.Grant) { f.signal(g, renewedSignals) },
-		Ended:   func(g grant.Grant, reason grant.Reason) { f.signal(g, endedSignals(reason)) },
+		Made:   func(g grant.Grant) { f.signal(g, madeSignals) },
+		Leased: func(g grant.Grant) { f.signal(g, leasedSignals) },
+		Ended:  func(g grant.Grant, reason grant.Reason) { f.signal(g, endedSignals(reason)) },
 	})
 	return f, nil
 }

@@ -102,7 +102,7 @@ func madeSignals(g grant.Grant) []grantSignal {
 		[]any{grantPath(g), map[string]map[string]dbus.Variant{grantInterface: grantProperties(g)}}}}
 }
 
-func renewedSignals(g grant.Grant) []grantSignal {
+func leasedSignals(g grant.Grant) []grantSignal {
 	return []grantSignal{changed(g, "Expires", uint64(g.Expires))}
 }
 

@@ -6,7 +6,6 @@ package delegate
 
 import (
 	"errors"
-	"fmt"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
 	"github.com/bpfbroker/bpfbroker/service/internal/profile"
@@ -78,6 +77,9 @@ func (t *Target) Recheck() error {
 	return nil
 }
 
+// Namespaces lends the namespaces. They stay the target's own.
+func (t *Target) Namespaces() *kernel.Namespaces { return t.namespaces }
+
 // Close gives the namespaces up.
 func (t *Target) Close() { t.namespaces.Close() }
 
@@ -90,15 +92,4 @@ func (t *Target) Filesystem(p *profile.Profile) (*kernel.Filesystem, error) {
 		Programs:    uint64(p.Programs),
 		Attachments: uint64(p.Attachments),
 	}, t.Owner)
-}
-
-// Unmount takes a BPF file system away from a path in the namespaces of a
-// process, by the number of its mount.
-func Unmount(process *kernel.Process, mount uint64, path string) error {
-	t, err := NewTarget(process)
-	if err != nil {
-		return fmt.Errorf("cannot unmount %s: %w", path, err)
-	}
-	defer t.Close()
-	return kernel.Detach(t.namespaces, t.Owner, mount, path)
 }

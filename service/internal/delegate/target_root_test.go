@@ -144,23 +144,24 @@ func TestFilesystem(t *testing.T) {
 	if diff := cmp.Diff([]string{"/mnt"}, p.Mounted("bpf")); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
-	process := processOf(t, p)
-	if err := Unmount(process, id+1, "/mnt"); !errors.Is(err, kernel.ErrNotMounted) {
+	unmount := func(id uint64) error { return kernel.Detach(target.Namespaces(), target.Owner, id, "/mnt") }
+	if err := unmount(id + 1); !errors.Is(err, kernel.ErrNotMounted) {
 		t.Errorf("another mount: got %v", err)
 	}
-	if err := Unmount(process, id, "/mnt"); err != nil {
+	if err := unmount(id); err != nil {
 		t.Error(err)
 	}
 	if diff := cmp.Diff(before, p.Mounts()); diff != "" {
 		t.Errorf("mounts (-before +after):\n%s", diff)
 	}
+	// The namespaces are where it is, wherever the process goes.
 	id = mount()
+	beside := p.Start(testtarget.Attr{})
 	p.Must("unshare", strconv.Itoa(unix.CLONE_NEWNS)) // which copies it
-	if err := Unmount(process, id, "/mnt"); !errors.Is(err, kernel.ErrNotMounted) {
-		t.Errorf("a copy of it: got %v", err)
+	if err := unmount(id); err != nil {
+		t.Error(err)
 	}
-	p.Kill()
-	if err := Unmount(process, id, "/mnt"); !errors.Is(err, kernel.ErrProcessGone) {
-		t.Errorf("an exited process: got %v", err)
+	if mounted := beside.Mounted("bpf"); len(mounted) != 0 {
+		t.Errorf("left behind is %v", mounted)
 	}
 }

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
+	"github.com/bpfbroker/bpfbroker/service/internal/profile"
 )
 
 // ID names a grant. It is random and never used again.
@@ -66,6 +67,11 @@ type Grant struct {
 	Created  int64           `json:"created"`
 	Expires  int64           `json:"expires,omitempty"`
 	Deadline kernel.BootTime `json:"deadline,omitempty"`
+	// Began is when the lease began.
+	Began kernel.BootTime `json:"began"`
+	// Rights are what the profile gave. They aren't changed, and many grants
+	// may share them.
+	Rights *profile.Rights `json:"rights"`
 	// Capabilities are those that the profile's programs and maps need.
 	Capabilities []string `json:"capabilities"`
 	// NotEnforced is what the profile limits and nothing holds.
@@ -76,11 +82,20 @@ type Grant struct {
 func (g *Grant) SetLease(lease time.Duration) {
 	now := time.Now()
 	g.Created = now.UnixMicro()
+	g.Began = kernel.Now()
 	g.Expires, g.Deadline = 0, 0
 	if lease > 0 {
 		g.Expires = now.Add(lease).UnixMicro()
-		g.Deadline = kernel.Now() + kernel.BootTime(lease)
+		g.Deadline = g.Began + kernel.BootTime(lease)
 	}
+}
+
+// Lease is the length of the lease, 0 without one.
+func (g *Grant) Lease() time.Duration {
+	if g.Deadline == 0 {
+		return 0
+	}
+	return time.Duration(g.Deadline - g.Began)
 }
 
 // Reason is why a grant ended.
@@ -91,6 +106,8 @@ const (
 	Expired Reason = "expired"
 	Revoked Reason = "revoked"
 	Exited  Reason = "exited"
+	// Narrowed is a grant that had more than its profile gives now.
+	Narrowed Reason = "narrowed"
 	// Undone is a grant whose making was cut short.
 	Undone Reason = "undone"
 )
@@ -109,9 +126,10 @@ const (
 	MaxTotal   = 16384
 )
 
-// Undo takes back what a grant gave, as far as that can be done. The process
-// may have exited.
-type Undo func(Grant, *kernel.Process) error
+// Undo takes back what a grant gave, as far as that can be done. The namespaces
+// are those that it was made in, and nil if the grant has no path or if they
+// can't be found again.
+type Undo func(Grant, *kernel.Namespaces) error
 
 // Ended hears of each grant that ended, and of what could not be undone.
 type Ended func(Grant, Reason, error)
@@ -128,12 +146,33 @@ type Ledger struct {
 	entries map[ID]*entry
 	perUser map[uint32]int
 	alarm   kernel.BootTime
+	// doomed are the grants that wait for their end, by their owners. Each owner
+	// here has a goroutine.
+	doomed map[uint32][]doomed
+	closed bool
 }
 
+// entry is a grant and what is held of its target: the process, as long as there
+// is one, and the namespaces if something is mounted there.
 type entry struct {
 	Grant
-	process *kernel.Process
-	live    bool // neither pending nor ending
+	process    *kernel.Process
+	namespaces *kernel.Namespaces
+	live       bool // neither pending nor ending
+}
+
+func (e *entry) close() {
+	if e.process != nil {
+		_ = e.process.Close()
+	}
+	if e.namespaces != nil {
+		e.namespaces.Close()
+	}
+}
+
+type doomed struct {
+	*entry
+	reason Reason
 }
 
 // pending is what the name of a row has behind its id until the grant is
@@ -145,11 +184,11 @@ const pending = ".pending"
 const renewing = ".renewing"
 
 // Open reads the ledger in dir, an existing directory that only root can write
-// to. Grants whose process has exited are ended before it returns. Those whose
-// lease is over, and those that were never completed, are undone afterwards: a
-// user's file system may be slow, and nobody must be able to hold up the start.
+// to. Grants whose process has exited, whose lease is over, or that were never
+// completed are hidden when it returns, and ended afterwards: a user's file system
+// may be slow, and nobody must be able to hold up the start.
 func Open(dir string, undo Undo, ended Ended) (*Ledger, error) {
-	l := &Ledger{dir: dir, undo: undo, ended: ended, entries: map[ID]*entry{}, perUser: map[uint32]int{}}
+	l := &Ledger{dir: dir, undo: undo, ended: ended, entries: map[ID]*entry{}, perUser: map[uint32]int{}, doomed: map[uint32][]doomed{}}
 	var err error
 	if l.watcher, err = kernel.NewWatcher(l.exited, l.expire); err != nil {
 		return nil, err
@@ -159,12 +198,13 @@ func Open(dir string, undo Undo, ended Ended) (*Ledger, error) {
 		l.watcher.Close()
 		return nil, fmt.Errorf("cannot read the ledger: %w", err)
 	}
+	rights := map[string]*profile.Rights{}
 	for _, file := range files {
 		if strings.HasSuffix(file.Name(), renewing) {
 			_ = os.Remove(filepath.Join(dir, file.Name()))
 			continue
 		}
-		if err := l.load(file.Name()); err != nil {
+		if err := l.load(file.Name(), rights); err != nil {
 			slog.Error("dropping a row of the ledger", "row", file.Name(), "error", err)
 			_ = os.Remove(filepath.Join(dir, file.Name()))
 		}
@@ -173,38 +213,55 @@ func Open(dir string, undo Undo, ended Ended) (*Ledger, error) {
 	return l, nil
 }
 
-// load takes up one row. An error means that nobody can make sense of it.
-func (l *Ledger) load(name string) error {
+// load takes up one row. Rights that another row had already are shared with it.
+// An error means that nobody can make sense of the row.
+func (l *Ledger) load(name string, rights map[string]*profile.Rights) error {
 	data, err := os.ReadFile(filepath.Join(l.dir, name))
 	if err != nil {
 		return err
 	}
 	e := &entry{}
-	if err := json.Unmarshal(data, &e.Grant); err != nil {
+	var raw struct {
+		Rights json.RawMessage `json:"rights"`
+	}
+	if err := errors.Join(json.Unmarshal(data, &e.Grant), json.Unmarshal(data, &raw)); err != nil {
 		return err
 	}
 	if strings.TrimSuffix(name, pending) != e.ID.String() {
 		return errors.New("the row has another grant's name")
 	}
-	e.process, err = kernel.FindProcess(e.PID, e.Inode)
-	if err != nil && !errors.Is(err, kernel.ErrProcessGone) {
+	if e.Rights == nil {
+		return errors.New("the row has no rights")
+	}
+	if same := rights[string(raw.Rights)]; same != nil {
+		e.Rights = same
+	}
+	rights[string(raw.Rights)] = e.Rights
+	if err := e.findTarget(); err != nil && !errors.Is(err, kernel.ErrProcessGone) {
+		e.close()
 		return err
 	}
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.entries[e.ID] = e
 	l.perUser[e.Owner]++
-	l.mu.Unlock()
 	switch {
 	case e.process == nil:
-		l.finish(e, Exited)
-	case strings.HasSuffix(name, pending):
-		l.ending.Go(func() { _ = l.finish(e, Undone) })
-	default:
-		if err := l.enliven(e); err != nil {
-			l.ending.Go(func() { _ = l.finish(e, Undone) })
-		}
+		l.doom(e, Exited)
+	case strings.HasSuffix(name, pending) || l.enliven(e) != nil:
+		l.doom(e, Undone)
 	}
 	return nil
+}
+
+// findTarget takes hold of the target again after a restart. A process that has
+// exited meanwhile leads nowhere any more, even if its namespaces live on.
+func (e *entry) findTarget() (err error) {
+	if e.process, err = kernel.FindProcess(e.PID, e.Inode); err != nil || e.Path == "" {
+		return err
+	}
+	e.namespaces, err = e.process.Namespaces()
+	return err
 }
 
 // Room returns ErrQuotaUser or ErrQuotaTotal if the user could not have one
@@ -227,8 +284,9 @@ func (l *Ledger) room(owner uint32) error {
 
 // Begin writes a grant down before it is handed out, and gives it its ID. If
 // the daemon dies before Commit, the next one undoes the grant. The ledger
-// takes a hold of its own on the process.
-func (l *Ledger) Begin(g *Grant, process *kernel.Process) error {
+// takes a hold of its own on the process and, for a grant with a path, on the
+// namespaces, so that what is mounted can be found when the process has exited.
+func (l *Ledger) Begin(g *Grant, process *kernel.Process, namespaces *kernel.Namespaces) error {
 	var id [8]byte
 	_, _ = rand.Read(id[:]) // never fails (crypto/rand)
 	g.ID = ID(binary.NativeEndian.Uint64(id[:]))
@@ -236,17 +294,20 @@ func (l *Ledger) Begin(g *Grant, process *kernel.Process) error {
 	if err != nil {
 		return err
 	}
-	own, err := process.Clone()
-	if err != nil {
-		return err
+	e := &entry{Grant: *g}
+	e.process, err = process.Clone()
+	if err == nil && g.Path != "" {
+		e.namespaces, err = namespaces.Clone()
 	}
 	l.mu.Lock()
-	if err := l.room(g.Owner); err != nil {
+	if err == nil {
+		err = l.room(g.Owner)
+	}
+	if err != nil {
 		l.mu.Unlock()
-		_ = own.Close()
+		e.close()
 		return err
 	}
-	e := &entry{Grant: *g, process: own}
 	l.entries[g.ID] = e
 	l.perUser[g.Owner]++
 	l.mu.Unlock()
@@ -263,9 +324,8 @@ func (l *Ledger) Commit(id ID) error {
 		return fmt.Errorf("cannot write the grant down: %w", err)
 	}
 	l.mu.Lock()
-	e := l.entries[id]
-	l.mu.Unlock()
-	return l.enliven(e)
+	defer l.mu.Unlock()
+	return l.enliven(l.entries[id])
 }
 
 // Abort undoes a grant that Begin wrote down and Commit did not make live.
@@ -273,19 +333,20 @@ func (l *Ledger) Abort(id ID) {
 	l.mu.Lock()
 	e := l.entries[id]
 	l.mu.Unlock()
-	_ = l.undo(e.Grant, e.process)
+	_ = l.undo(e.Grant, e.namespaces)
 	l.drop(e)
 }
 
-// enliven lets a grant be seen and end.
+// enliven lets a grant be seen and end. It needs mu.
 func (l *Ledger) enliven(e *entry) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	if err := l.watcher.Watch(uint64(e.ID), e.process); err != nil {
 		return err
 	}
+	if err := l.setAlarm(e.Deadline); err != nil {
+		return err
+	}
 	e.live = true
-	return l.setAlarm(e.Deadline)
+	return nil
 }
 
 // setAlarm sees to it that there is an alarm at a deadline or before.
@@ -336,16 +397,34 @@ func (l *Ledger) Len() int {
 // Renew gives a live grant a new lease, from now, and returns it as it is then,
 // or ErrNotFound.
 func (l *Ledger) Renew(id ID, lease time.Duration) (Grant, error) {
+	return l.change(id, func(g *Grant) {
+		created := g.Created
+		g.SetLease(lease)
+		g.Created = created
+	})
+}
+
+// Shorten gives a live grant, which has a longer lease or none, this one from
+// when its lease began. It returns it as it is then, or ErrNotFound. If that lease
+// is over already, the grant ends at once.
+func (l *Ledger) Shorten(id ID, lease time.Duration) (Grant, error) {
+	return l.change(id, func(g *Grant) {
+		g.Deadline = g.Began + kernel.BootTime(lease)
+		g.Expires = time.Now().Add(time.Duration(g.Deadline - kernel.Now())).UnixMicro()
+	})
+}
+
+// change changes a live grant in its row and then in memory.
+func (l *Ledger) change(id ID, how func(*Grant)) (Grant, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.entries[id]
 	if e == nil || !e.live {
 		return Grant{}, ErrNotFound
 	}
-	renewed := e.Grant
-	renewed.SetLease(lease)
-	renewed.Created = e.Created
-	data, err := json.Marshal(renewed)
+	changed := e.Grant
+	how(&changed)
+	data, err := json.Marshal(changed)
 	if err != nil {
 		return Grant{}, err
 	}
@@ -355,8 +434,8 @@ func (l *Ledger) Renew(id ID, lease time.Duration) (Grant, error) {
 	if err := os.Rename(l.row(id)+renewing, l.row(id)); err != nil {
 		return Grant{}, fmt.Errorf("cannot write the grant down: %w", err)
 	}
-	e.Grant = renewed
-	return renewed, l.setAlarm(e.Deadline)
+	e.Grant = changed
+	return changed, l.setAlarm(e.Deadline)
 }
 
 // End ends a live grant: what it gave is taken back, then its row goes. It
@@ -381,11 +460,47 @@ func (l *Ledger) claim(id ID) *entry {
 	return e
 }
 
-func (l *Ledger) finish(e *entry, reason Reason) error {
-	var err error
-	if reason != Exited {
-		err = l.undo(e.Grant, e.process)
+// EndLater ends a grant in the background, if it is live. Nobody sees it any more
+// when EndLater returns.
+func (l *Ledger) EndLater(id ID, reason Reason) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if e := l.entries[id]; e != nil && e.live {
+		l.doom(e, reason)
 	}
+}
+
+// doom hides a grant and lets it end in the background: apart from those of other
+// owners, because a user's file system may be slow; and after those of its own,
+// because a user may have many. It needs mu.
+func (l *Ledger) doom(e *entry, reason Reason) {
+	e.live = false
+	before, busy := l.doomed[e.Owner]
+	l.doomed[e.Owner] = append(before, doomed{e, reason})
+	if !busy && !l.closed {
+		l.ending.Go(func() { l.execute(e.Owner) })
+	}
+}
+
+// execute ends a user's grants that wait for it. When the ledger is closed, those
+// that are left stay written down.
+func (l *Ledger) execute(owner uint32) {
+	for {
+		l.mu.Lock()
+		queue := l.doomed[owner]
+		if len(queue) == 0 || l.closed {
+			delete(l.doomed, owner)
+			l.mu.Unlock()
+			return
+		}
+		l.doomed[owner] = queue[1:]
+		l.mu.Unlock()
+		_ = l.finish(queue[0].entry, queue[0].reason)
+	}
+}
+
+func (l *Ledger) finish(e *entry, reason Reason) error {
+	err := l.undo(e.Grant, e.namespaces)
 	l.drop(e)
 	l.ended(e.Grant, reason, err)
 	return err
@@ -406,31 +521,26 @@ func (l *Ledger) drop(e *entry) {
 	l.mu.Unlock()
 	if e.process != nil {
 		l.watcher.Forget(e.process)
-		_ = e.process.Close()
 	}
+	e.close()
 }
 
 func (l *Ledger) row(id ID) string { return filepath.Join(l.dir, id.String()) }
 
 // exited is called by the watcher, which it must not hold up.
-func (l *Ledger) exited(key uint64) {
-	if e := l.claim(ID(key)); e != nil {
-		l.ending.Go(func() { _ = l.finish(e, Exited) })
-	}
-}
+func (l *Ledger) exited(key uint64) { l.EndLater(ID(key), Exited) }
 
 // expire ends the grants whose lease is over and sets the alarm for the next.
 func (l *Ledger) expire() {
 	now := kernel.Now()
-	over := map[uint32][]*entry{}
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.alarm = 0
 	for _, e := range l.entries {
 		switch {
 		case !e.live || e.Deadline == 0:
 		case e.Deadline <= now:
-			e.live = false
-			over[e.Owner] = append(over[e.Owner], e)
+			l.doom(e, Expired)
 		case l.alarm == 0 || e.Deadline < l.alarm:
 			l.alarm = e.Deadline
 		}
@@ -438,28 +548,19 @@ func (l *Ledger) expire() {
 	if err := l.watcher.SetAlarm(l.alarm); err != nil {
 		slog.Error("cannot wait for the end of leases", "error", err)
 	}
-	l.mu.Unlock()
-	// Apart from each other, because a user's file system may be slow; and one
-	// after the other, because a user may have many.
-	for _, entries := range over {
-		l.ending.Go(func() {
-			for _, e := range entries {
-				_ = l.finish(e, Expired)
-			}
-		})
-	}
 }
 
-// Close stops watching, after the ends that are under way. The grants stay
-// written down for the next Open.
+// Close stops watching, after the ends that are under way. The grants, and those
+// that still wait for their end, stay written down for the next Open.
 func (l *Ledger) Close() {
 	l.watcher.Close()
+	l.mu.Lock()
+	l.closed = true
+	l.mu.Unlock()
 	l.ending.Wait()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, e := range l.entries {
-		if e.process != nil {
-			_ = e.process.Close()
-		}
+		e.close()
 	}
 }

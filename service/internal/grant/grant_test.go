@@ -18,8 +18,10 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
+	"github.com/bpfbroker/bpfbroker/service/internal/profile"
 	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
 )
 
@@ -41,23 +43,31 @@ type fixture struct {
 	dir string
 	*Ledger
 	undoErr error
+	// namespaces are those of every target.
+	namespaces *kernel.Namespaces
 
 	mu     sync.Mutex
 	undone []ID
 	ends   []end
 }
 
+// errLost is what undo says when it gets no namespaces.
+var errLost = errors.New("lost")
+
 // open opens the ledger in a directory. close closes it, as does the end of
 // the test.
 func open(t *testing.T, dir string) *fixture {
 	t.Helper()
-	f := &fixture{t: t, dir: dir}
+	f := &fixture{t: t, dir: dir, namespaces: namespacesOf(t, self(t))}
 	var err error
-	f.Ledger, err = Open(dir, func(g Grant, p *kernel.Process) error {
+	f.Ledger, err = Open(dir, func(g Grant, n *kernel.Namespaces) error {
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		if p.Inode != g.Inode {
-			t.Errorf("undo got another process: %+v for %+v", p, g)
+		if n == nil {
+			return errLost
+		}
+		if same, err := f.namespaces.Same(n); err != nil || !same {
+			t.Errorf("undo got other namespaces: %v", err)
 		}
 		f.undone = append(f.undone, g.ID)
 		return f.undoErr
@@ -96,7 +106,7 @@ func (f *fixture) waitFor(undone []ID, ends ...end) {
 	f.t.Helper()
 	testtarget.Eventually(f.t, "the grants end", func() bool { _, got := f.heard(); return len(got) >= len(ends) })
 	gotUndone, gotEnds := f.heard()
-	if diff := cmp.Diff(ends, gotEnds); diff != "" {
+	if diff := cmp.Diff(ends, gotEnds, cmpopts.EquateErrors()); diff != "" {
 		f.t.Errorf("ends (-want +got):\n%s", diff)
 	}
 	if diff := cmp.Diff(undone, gotUndone); diff != "" {
@@ -138,12 +148,39 @@ func start(t *testing.T) (*testtarget.Process, *kernel.Process) {
 
 func begin(t *testing.T, l *Ledger, owner uint32, lease time.Duration, process *kernel.Process) Grant {
 	t.Helper()
-	g := Grant{Profile: "network", Tier: "network", Owner: owner, PID: process.PID, Inode: process.Inode, Path: "/mnt", Mount: 7}
+	g := Grant{Profile: "network", Tier: "network", Owner: owner, PID: process.PID, Inode: process.Inode, Path: "/mnt", Mount: 7,
+		Rights: &profile.Rights{Commands: 1}}
 	g.SetLease(lease)
-	if err := l.Begin(&g, process); err != nil {
+	namespaces, err := self(t).Namespaces() // the process may have exited
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer namespaces.Close()
+	if err := l.Begin(&g, process, namespaces); err != nil {
 		t.Fatal(err)
 	}
 	return g
+}
+
+// self is this process, whose namespaces are those of the processes that it starts.
+func self(t *testing.T) *kernel.Process {
+	t.Helper()
+	process, err := kernel.OpenProcess(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { process.Close() })
+	return process
+}
+
+func namespacesOf(t *testing.T, process *kernel.Process) *kernel.Namespaces {
+	t.Helper()
+	namespaces, err := process.Namespaces()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(namespaces.Close)
+	return namespaces
 }
 
 func add(t *testing.T, l *Ledger, owner uint32, lease time.Duration, process *kernel.Process) Grant {
@@ -290,7 +327,7 @@ func TestQuotas(t *testing.T) {
 			t.Errorf("room for %d: got %v", owner, err)
 		}
 		g := Grant{Owner: owner, PID: process.PID, Inode: process.Inode}
-		if err := f.Begin(&g, process); !errors.Is(err, want) {
+		if err := f.Begin(&g, process, nil); !errors.Is(err, want) {
 			t.Errorf("a grant of %d: got %v", owner, err)
 		}
 	}
@@ -332,7 +369,7 @@ func TestRefusedToDisk(t *testing.T) {
 		t.Error("committed to nowhere")
 	}
 	f.Abort(g.ID)
-	if err := f.Begin(&Grant{Owner: 1}, process); err == nil {
+	if err := f.Begin(&Grant{Owner: 1}, process, nil); err == nil {
 		t.Error("begun in nowhere")
 	}
 	if f.Len() != 0 || len(f.perUser) != 0 {
@@ -377,8 +414,8 @@ func TestExit(t *testing.T) {
 	p.Kill()
 	testtarget.Eventually(t, "the grants end", func() bool { _, ends := f.heard(); return len(ends) == 2 })
 	undone, ends := f.heard()
-	// Nobody can enter the namespaces of what has gone.
-	if len(undone) != 0 {
+	// Others may have the namespaces of what has gone.
+	if len(undone) != 2 {
 		t.Errorf("undone: %v", undone)
 	}
 	for _, e := range ends {
@@ -431,9 +468,9 @@ func TestReopen(t *testing.T) {
 		undone bool
 	}{
 		{end{expired.ID, Expired, nil}, true},
-		{end{gone.ID, Exited, nil}, false},
+		{end{gone.ID, Exited, errLost}, false},
 		{end{pending.ID, Undone, nil}, true},
-		{end{pendingGone.ID, Exited, nil}, false},
+		{end{pendingGone.ID, Exited, errLost}, false},
 	} {
 		if !slices.Contains(ends, want.end) || slices.Contains(undone, want.ID) != want.undone {
 			t.Errorf("want %+v: got %v, undone %v", want, ends, undone)
@@ -473,6 +510,7 @@ func TestReopenForAnother(t *testing.T) {
 		"no process":    {ID: 3},
 		"a huge pid":    {ID: 4, PID: 1 << 40, Inode: 1},
 	} {
+		g.Rights = &profile.Rights{}
 		data, err := json.Marshal(g)
 		if err != nil {
 			t.Fatal(err)
@@ -481,7 +519,7 @@ func TestReopenForAnother(t *testing.T) {
 			t.Fatal(err)
 		}
 		f := open(t, dir)
-		f.waitFor(nil, end{g.ID, Exited, nil})
+		f.waitFor(nil, end{g.ID, Exited, errLost})
 		f.rows()
 		f.close()
 		if t.Failed() {
@@ -509,6 +547,7 @@ func TestHostileRows(t *testing.T) {
 		"0000000000000005.pending": string(data),
 		"0000000000000006":         `{"id":6}`,
 		"0000000000000007":         `{"id":"0000000000000007","process":"x"}`,
+		"000000000000000e":         `{"id":"000000000000000e"}`, // without rights
 		"0000000000000008":         strings.Repeat("a", 1<<20),
 		"0000000000000009":         "{" + strings.Repeat(" ", 1<<20),
 		"000000000000000a":         strings.Repeat("[", 1<<20),
@@ -618,7 +657,7 @@ func TestSlowUndo(t *testing.T) {
 	release, ended := make(chan struct{}), make(chan ID, 10)
 	opened := make(chan *Ledger)
 	go func() {
-		l, err := Open(dir, func(g Grant, _ *kernel.Process) error {
+		l, err := Open(dir, func(g Grant, _ *kernel.Namespaces) error {
 			if g.Owner == 1 {
 				<-release
 			}
@@ -647,4 +686,102 @@ func TestSlowUndo(t *testing.T) {
 		t.Errorf("%v and %v ended, not %v and %v", a, b, slow.ID, expires.ID)
 	}
 	l.Close()
+}
+
+func TestShorten(t *testing.T) {
+	testtarget.NoLeaks(t)
+	dir := t.TempDir()
+	f := open(t, dir)
+	_, process := start(t)
+	for name, lease := range map[string]time.Duration{"a lease": 8 * time.Hour, "no lease": 0} {
+		g := add(t, f.Ledger, 1, lease, process)
+		got, err := f.Shorten(g.ID, time.Hour)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.Lease() != time.Hour || got.Began != g.Began || got.Created != g.Created {
+			t.Errorf("%s: got %+v of %+v", name, got, g)
+		}
+		if off := got.Expires - got.Created - time.Hour.Microseconds(); off < -time.Second.Microseconds() || off > time.Second.Microseconds() {
+			t.Errorf("%s: it expires %d µs off", name, off)
+		}
+		// From the beginning of the lease: twice is no less than once.
+		again, err := f.Shorten(g.ID, time.Hour)
+		if err != nil || again.Deadline != got.Deadline {
+			t.Errorf("%s: again: %+v, %v", name, again, err)
+		}
+		renewed, err := f.Renew(g.ID, time.Hour)
+		if err != nil || renewed.Began <= g.Began || renewed.Deadline <= got.Deadline || renewed.Created != g.Created {
+			t.Errorf("%s: renewed: %+v, %v", name, renewed, err)
+		}
+	}
+	// What is over already ends.
+	g := add(t, f.Ledger, 2, 0, process)
+	time.Sleep(2 * time.Millisecond)
+	if _, err := f.Shorten(g.ID, time.Millisecond); err != nil {
+		t.Fatal(err)
+	}
+	f.waitFor([]ID{g.ID}, end{g.ID, Expired, nil})
+	if _, err := f.Shorten(g.ID, time.Hour); !errors.Is(err, ErrNotFound) {
+		t.Errorf("an ended grant: got %v", err)
+	}
+	want := f.of(1)
+	f.close()
+	f = open(t, dir)
+	if diff := cmp.Diff(want, f.of(1)); diff != "" {
+		t.Errorf("after a restart (-want +got):\n%s", diff)
+	}
+	// Rows of the same rights share them.
+	if got := f.of(1); len(got) != 2 || got[0].Rights != got[1].Rights {
+		t.Error("the rights aren't shared")
+	}
+}
+
+// Who has many grants that can't be undone holds up nobody, not the end of the
+// daemon either: what has no time stays written down.
+func TestEndLater(t *testing.T) {
+	testtarget.NoLeaks(t)
+	dir := t.TempDir()
+	f := open(t, dir)
+	_, process := start(t)
+	a, b := add(t, f.Ledger, 1, 0, process), add(t, f.Ledger, 1, 0, process)
+	other := add(t, f.Ledger, 2, 0, process)
+	entered, release := make(chan ID, 3), make(chan struct{})
+	f.Ledger.undo = func(g Grant, _ *kernel.Namespaces) error {
+		entered <- g.ID
+		if g.Owner == 1 {
+			<-release
+		}
+		return nil
+	}
+	f.EndLater(a.ID, Narrowed)
+	f.EndLater(b.ID, Narrowed)
+	f.EndLater(b.ID, Narrowed)
+	f.EndLater(other.ID, Narrowed)
+	f.EndLater(ID(7), Narrowed)
+	if got := f.List(func(Grant) bool { return true }); len(got) != 0 {
+		t.Errorf("still seen: %v", got)
+	}
+	testtarget.Eventually(t, "the other's ends", func() bool { _, ends := f.heard(); return len(ends) == 1 })
+	closed := make(chan struct{})
+	go func() {
+		f.Ledger.Close()
+		close(closed)
+	}()
+	testtarget.Eventually(t, "it is closing", func() bool {
+		f.Ledger.mu.Lock()
+		defer f.Ledger.mu.Unlock()
+		return f.Ledger.closed
+	})
+	close(release)
+	<-closed
+	f.Ledger = nil
+	if n := len(entered); n != 2 {
+		t.Errorf("%d were undone", n)
+	}
+	f.rows(b.ID.String())
+	f = open(t, dir)
+	if got := f.of(1); len(got) != 1 || got[0].ID != b.ID {
+		t.Errorf("after a restart there are %v", got)
+	}
 }

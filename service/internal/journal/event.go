@@ -31,6 +31,7 @@ const (
 	KeyLimit   = "limit"   // the limit's name
 	// KeyNotEnforced is what of the profile isn't held for want of the guard, or empty.
 	KeyNotEnforced = "not_enforced"
+	KeyGrants      = "grants" // how many grants it is about
 )
 
 // The events.
@@ -39,6 +40,8 @@ var (
 	GrantExpired      = Event{"0cb8180dc05f4d8f8b26b130fd98c31c", slog.LevelInfo, "Grant ended: its lease expired"}
 	GrantRevoked      = Event{"ff336156ee674fca9617fa85942fadb4", slog.LevelInfo, "Grant ended: it was revoked"}
 	GrantProcessEnded = Event{"ef1a2001282246b7a9173eec22681e37", slog.LevelInfo, "Grant ended with its process"}
+	GrantNarrowed     = Event{"fcf1b7bb64b148f6ad5d4ca8a486e05b", slog.LevelInfo, "Grant ended: its profile gives less now"}
+	GrantsKept        = Event{"bc63d51c50ee4ac29f423fc6d16fa04d", slog.LevelWarn, "Grants kept: their profile has an error"}
 	GrantUndone       = Event{"97d2c3c0bb2749b59b01741a70a063b8", slog.LevelWarn, "Grant undone: it never reached its peer"}
 	RequestRefused    = Event{"7a7aea26eed040f2a24bebf37e302058", slog.LevelWarn, "Request refused"}
 	LimitExceeded     = Event{"febcc7f531b6450288d7e955e514fb54", slog.LevelWarn, "Limit exceeded"}

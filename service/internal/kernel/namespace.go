@@ -197,6 +197,20 @@ func (p *Process) namespace(request uint) (int, error) {
 	return -1, fmt.Errorf("cannot get the namespaces of process %d: %w", p.PID, err)
 }
 
+// Clone returns a second, independent hold on the namespaces.
+func (n *Namespaces) Clone() (*Namespaces, error) {
+	c := &Namespaces{user: -1, mount: -1}
+	var err error
+	if c.user, err = unix.FcntlInt(uintptr(n.user), unix.F_DUPFD_CLOEXEC, 3); err == nil {
+		c.mount, err = unix.FcntlInt(uintptr(n.mount), unix.F_DUPFD_CLOEXEC, 3)
+	}
+	if err != nil {
+		c.Close()
+		return nil, fmt.Errorf("cannot duplicate a namespace's descriptor: %w", err)
+	}
+	return c, nil
+}
+
 // Close gives the namespaces up.
 func (n *Namespaces) Close() {
 	for _, fd := range []int{n.user, n.mount} {
