@@ -4,10 +4,13 @@ package main
 
 import (
 	"context"
+	"errors"
 	"os"
 	"os/exec"
 	"sync"
 	"syscall"
+
+	"github.com/bpfbroker/bpfbroker/service/client"
 )
 
 // agentProgram is polkit's authentication agent for terminals.
@@ -21,6 +24,32 @@ func agentUseful() bool {
 	}
 	_, err := exec.LookPath(agentProgram)
 	return err == nil
+}
+
+// ask makes a request, for which polkit asks for a password where it has to, if
+// there is anybody to be asked. endAgent ends the agent that asks on the terminal,
+// if there is one.
+func (a *app) ask(ctx context.Context, request func(c *client.Client, endAgent func()) error) error {
+	try := func(endAgent func(), options ...client.Option) error {
+		c := a.client(options...)
+		defer c.Close()
+		return request(c, endAgent)
+	}
+	agent := !a.noAskPassword && agentUseful()
+	var options []client.Option
+	if !a.noAskPassword && !agent {
+		options = append(options, client.WithInteraction())
+	}
+	err := try(func() {}, options...)
+	var refusal *client.Error
+	if !agent || !errors.As(err, &refusal) || refusal.Name != "InteractionRequired" {
+		return err
+	}
+	// An agent takes longer to start than the request takes without, and most
+	// requests need none.
+	stop := startAgent(ctx)
+	defer stop()
+	return try(stop, client.WithInteraction())
 }
 
 // startAgent starts an agent that asks on the terminal for this process, unless

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/bpfbroker/bpfbroker/service/client"
 )
 
 func (a *app) listCommand() *cobra.Command {
@@ -19,9 +21,11 @@ func (a *app) listCommand() *cobra.Command {
 		Short: "List grants",
 		Args:  cobra.NoArgs,
 		RunE: func(command *cobra.Command, _ []string) error {
-			c := a.client()
-			defer c.Close()
-			grants, err := c.ListGrants(command.Context(), all)
+			var grants []client.Grant
+			err := a.ask(command.Context(), func(c *client.Client, _ func()) (err error) {
+				grants, err = c.ListGrants(command.Context(), all)
+				return err
+			})
 			if err != nil {
 				return err
 			}
@@ -45,35 +49,58 @@ func (a *app) listCommand() *cobra.Command {
 	return command
 }
 
+func (a *app) renewCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:               "renew GRANT…",
+		Short:             "Begin the leases of grants anew",
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: a.completeGrants,
+		RunE: func(command *cobra.Command, ids []string) error {
+			return each(ids, func(id string) error {
+				return a.ask(command.Context(), func(c *client.Client, _ func()) error {
+					_, err := c.RenewGrant(command.Context(), id)
+					return err
+				})
+			})
+		},
+	}
+}
+
 func (a *app) revokeCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:               "revoke GRANT…",
 		Short:             "End grants",
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: a.completeGrants,
-		RunE: func(command *cobra.Command, args []string) error {
+		RunE: func(command *cobra.Command, ids []string) error {
 			c := a.client()
 			defer c.Close()
-			status := 0
-			for _, id := range args {
+			return each(ids, func(id string) error {
 				notReached, err := c.RevokeGrant(command.Context(), id)
-				if err != nil {
-					status = cmp.Or(status, report(err))
-					continue
-				}
 				if a.quiet {
-					continue
+					return err
 				}
 				for _, what := range notReached {
 					fmt.Fprintf(os.Stderr, "bpfbroker: revoking %s did not reach %s\n", id, printable(what))
 				}
-			}
-			if status != 0 {
-				return exitStatus(status)
-			}
-			return nil
+				return err
+			})
 		},
 	}
+}
+
+// each does something with each grant, also after errors, which are reported.
+func each(ids []string, do func(id string) error) error {
+	status := 0
+	for _, id := range ids {
+		if err := do(id); err != nil {
+			status = cmp.Or(status, report(err))
+		}
+	}
+	if status != 0 {
+		return exitStatus(status)
+	}
+	return nil
 }
 
 // completeGrants offers the grants' ids to the shell.

@@ -133,7 +133,7 @@ func (a *app) command() *cobra.Command {
 		RunE:  func(*cobra.Command, []string) error { return a.usageError("no command given after \"profile\"") },
 	}
 	profile.AddCommand(a.profileShowCommand())
-	root.AddCommand(a.runCommand(), a.profilesCommand(), profile, a.listCommand(), a.revokeCommand(), a.checkCommand())
+	root.AddCommand(a.runCommand(), a.profilesCommand(), profile, a.listCommand(), a.renewCommand(), a.revokeCommand(), a.checkCommand())
 	return root
 }
 

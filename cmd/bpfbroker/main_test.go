@@ -196,6 +196,14 @@ func answers(r request) any {
 		delete(second, "unit")
 		delete(second, "path")
 		return map[string]any{"grants": []any{grant("CAP_BPF"), second}}
+	case "RenewGrant":
+		if r.Parameters["grant"] != "0123456789abcdef" {
+			return refusal{"GrantNarrowed", "cannot renew it: it has more than network gives now", "profile", "ask for a new grant"}
+		}
+		if !r.interactive {
+			return refusal{"InteractionRequired", "cannot grant network: polkit wants authentication", "polkit", "allow it"}
+		}
+		return map[string]any{"grant": grant("CAP_BPF")}
 	case "RevokeGrant":
 		if r.Parameters["grant"] != "0123456789abcdef" {
 			return refusal{"NoSuchGrant", "cannot revoke it: no such grant", "request", "see \"bpfbroker list\""}

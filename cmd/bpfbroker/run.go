@@ -96,40 +96,22 @@ func (a *app) run(ctx context.Context, profile string, root bool, args []string)
 	return nil
 }
 
-// start starts the command that make makes. polkit asks for a password where it
-// has to, if there is anybody to be asked.
-func (a *app) start(ctx context.Context, make func(*client.Client) *client.Command) (*client.Command, error) {
-	agent := !a.noAskPassword && agentUseful()
-	var options []client.Option
-	if !a.noAskPassword && !agent {
-		options = append(options, client.WithInteraction())
-	}
-	c := a.client(options...)
-	defer c.Close()
-	command := make(c)
-	err := command.Start(ctx)
-	var refusal *client.Error
-	if !agent || !errors.As(err, &refusal) || refusal.Name != "InteractionRequired" {
-		return command, err
-	}
-
-	// An agent takes longer to start than the request takes without, and most
-	// requests need none.
-	stop := startAgent(ctx)
-	defer stop()
-	c = a.client(client.WithInteraction())
-	defer c.Close()
-	command = make(c)
-	// The terminal is the command's alone.
-	granted := command.Granted
-	command.Granted = func(g *client.Grant) error {
-		stop()
-		if granted == nil {
-			return nil
+// start starts the command that make makes.
+func (a *app) start(ctx context.Context, make func(*client.Client) *client.Command) (command *client.Command, err error) {
+	err = a.ask(ctx, func(c *client.Client, endAgent func()) error {
+		command = make(c)
+		// The terminal is the command's alone.
+		granted := command.Granted
+		command.Granted = func(g *client.Grant) error {
+			endAgent()
+			if granted == nil {
+				return nil
+			}
+			return granted(g)
 		}
-		return granted(g)
-	}
-	return command, command.Start(ctx)
+		return command.Start(ctx)
+	})
+	return command, err
 }
 
 // lookUp finds a program as shells do.
