@@ -110,7 +110,7 @@ func TestCommandLine(t *testing.T) {
 	if out, err := exec.Command("go", "build", "-o", program, "../../cmd/bpfbroker").CombinedOutput(); err != nil {
 		t.Fatalf("cannot build: %v\n%s", err, out)
 	}
-	for _, command := range []string{"", "run", "profiles", "profile", "profile show", "list", "revoke", "check"} {
+	for _, command := range []string{"", "run", "profiles", "profile", "profile show", "list", "renew", "revoke", "check"} {
 		help, err := exec.Command(program, append(strings.Fields(command), "--help")...).Output()
 		if err != nil {
 			t.Fatal(err)
@@ -128,8 +128,8 @@ func TestCommandLine(t *testing.T) {
 // source.
 func TestLimits(t *testing.T) {
 	t.Parallel()
-	manual := limits(after(t, read(t, bpfbrokerd), "# LIMITS"), `(?m)^(\w[\w ]+?)  +(\S.*)$`)
-	readme := limits(after(t, read(t, "../../README.md"), "## Limits"), `(?m)^\| (\w[\w ]+?) \| (\S.*?) \|$`)
+	manual := limits(after(t, read(t, bpfbrokerd), "# LIMITS"), `(?m)^(\w[\w' ]+?)  +(\S.*)$`)
+	readme := limits(after(t, read(t, "../../README.md"), "## Limits"), `(?m)^\| (\w[\w' ]+?) \| (\S.*?) \|$`)
 	delete(readme, "Limit") // the heading
 	if diff := cmp.Diff(readme, manual); diff != "" {
 		t.Errorf("README.md and %s differ (-README +manual):\n%s", bpfbrokerd, diff)
@@ -150,6 +150,7 @@ func TestLimits(t *testing.T) {
 		"Time for a request":                  `varlink/server.go cmp.Or\(l.Request, (\d+)\*time.Minute`,
 		"Time for an answer to be taken":      `varlink/server.go cmp.Or\(l.Write, (\d+)\*time.Second`,
 		"Time for a step in the target":       `kernel/child.go childTimeout = (\d+) \* time.Second`,
+		"Hanging steps in a user's targets":   `kernel/child.go maxHanging = (\d+)`,
 		"Questions to polkit under way":       `authority/authority.go maxAnswers = (\d+)`,
 		"Password prompts under way":          `authority/authority.go maxPrompts = (\d+)`,
 		"Refusals of a user in the journal":   `broker/refusals.go refusalsLogged = (\d+)`,

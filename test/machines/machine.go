@@ -22,7 +22,7 @@ import (
 )
 
 // closeTime is what a machine has to shut down in before it is killed.
-const closeTime = 30 * time.Second
+const closeTime = 10 * time.Second
 
 // running counts the machines of this process, for their names.
 var running atomic.Int64

@@ -91,6 +91,7 @@ type child struct {
 	pid    int
 	pidfd  int // -1 without new namespaces; otherwise the caller closes it
 	socket int // the parent's end
+	owner  uint32
 	hung   bool
 }
 
@@ -137,11 +138,18 @@ var mailboxLock sync.Mutex
 // the parent, and that takes as long as the server of a stranger's file system
 // likes (FUSE_FLUSH), whoever the helper works for. The caller ends it
 // with kill, as newChild says.
-func newHelper(n *Namespaces) (_ *child, err error) {
+//
+// owner is the uid that owns the user namespace. If too many of its helpers hang
+// already, the answer is ErrTargetHangs.
+func newHelper(n *Namespaces, owner uint32) (_ *child, err error) {
+	if !hanging.room(owner) {
+		return nil, ErrTargetHangs
+	}
 	c, end, err := prepare()
 	if err != nil {
 		return nil, err
 	}
+	c.owner = owner
 	defer unix.Close(end)
 	mailboxLock.Lock()
 	defer mailboxLock.Unlock()
@@ -407,17 +415,20 @@ func (c *child) post(send bool, calls ...call) error {
 // dead.
 //
 // A child that hangs in a file system of the target's can outlive SIGKILL (a
-// FUSE server that doesn't answer); the caller then waits, and with it the
-// request of the user whose file system it is. One that has answered every
-// batch only has to be told, and nobody waits for the kernel to take it apart.
+// FUSE server that doesn't answer). Nobody waits for that, but it counts against
+// the target's owner.
 func (c *child) kill() {
 	_ = unix.Kill(c.pid, unix.SIGKILL)
 	runtime.UnlockOSThread()
 	if c.hung {
-		c.reap()
-	} else {
-		go c.reap()
+		hanging.add(c.owner, 1)
 	}
+	go func() {
+		c.reap()
+		if c.hung {
+			hanging.add(c.owner, -1)
+		}
+	}()
 }
 
 func (c *child) reap() {
@@ -428,6 +439,32 @@ func (c *child) reap() {
 		}
 	}
 	c.free()
+}
+
+// maxHanging is how many helpers may hang in the namespaces of one owner, each
+// with a thread of ours that waits for it: as many as requests under way.
+const maxHanging = 32
+
+// hanging counts them, by owner.
+var hanging = hangCount{perOwner: map[uint32]int{}}
+
+type hangCount struct {
+	mu       sync.Mutex
+	perOwner map[uint32]int
+}
+
+func (h *hangCount) room(owner uint32) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.perOwner[owner] < maxHanging
+}
+
+func (h *hangCount) add(owner uint32, n int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.perOwner[owner] += n; h.perOwner[owner] == 0 {
+		delete(h.perOwner, owner)
+	}
 }
 
 func (c *child) free() {

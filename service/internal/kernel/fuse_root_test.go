@@ -106,7 +106,8 @@ func TestHangingPath(t *testing.T) {
 	testtarget.NoLeaks(t)
 	other := namespacesOf(t, testtarget.New(t, testtarget.Bob))
 	p, server := fuseTarget(t)
-	f, err := Delegate(namespacesOf(t, p), someRights, testtarget.Alice)
+	n := namespacesOf(t, p)
+	f, err := Delegate(n, someRights, testtarget.Alice)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,21 +116,33 @@ func TestHangingPath(t *testing.T) {
 		t.Errorf("got %v after %v", err, time.Since(start))
 	}
 	// The helper waits for the server, and nobody else does.
-	closed := make(chan struct{})
-	go func() {
-		f.Close()
-		close(closed)
-	}()
+	within(t, time.Second, server.Kill, f.Close)
+	if err := unix.Kill(f.c.pid, 0); err != nil {
+		t.Errorf("the helper doesn't wait for the server, so this tests nothing: %v", err)
+	}
 	if err := attachOnce(other, testtarget.Bob, "/mnt"); err != nil {
 		t.Errorf("another's meanwhile: %v", err)
 	}
-	select {
-	case <-closed:
-		t.Error("the helper didn't wait for the server, so this tests nothing")
-	case <-time.After(100 * time.Millisecond):
+	// There are only so many of one owner's, who has no more until they end.
+	hanging.add(testtarget.Alice, maxHanging-1)
+	if _, err := Delegate(n, someRights, testtarget.Alice); !errors.Is(err, ErrTargetHangs) {
+		t.Errorf("one too many: got %v", err)
+	}
+	if err := Detach(n, testtarget.Alice, 1, "/mnt"); !errors.Is(err, ErrTargetHangs) {
+		t.Errorf("one too many: got %v", err)
+	}
+	if err := attachOnce(other, testtarget.Bob, "/mnt"); err != nil {
+		t.Errorf("another's meanwhile: %v", err)
 	}
 	server.Kill()
-	<-closed
+	testtarget.Eventually(t, "the helper ends", func() bool { return hanging.room(testtarget.Alice) })
+	if err := attachOnce(n, testtarget.Alice, "/mnt"); err != nil {
+		t.Errorf("afterwards: %v", err)
+	}
+	hanging.add(testtarget.Alice, 1-maxHanging)
+	if len(hanging.perOwner) != 0 {
+		t.Errorf("still counted: %v", hanging.perOwner)
+	}
 }
 
 // A FUSE of a user namespace is not even asked if that doesn't map the helper.

@@ -218,8 +218,9 @@ func (s *Suspended) Wait() (syscall.WaitStatus, error) {
 func (s *Suspended) Kill() {
 	defer s.PidFD.Close()
 	if !s.sibling {
-		s.c.hung = true // to be waited for: it has nothing that could hold it up
-		s.c.kill()
+		_ = unix.Kill(s.c.pid, unix.SIGKILL)
+		runtime.UnlockOSThread()
+		s.c.reap() // it has nothing that could hold it up
 		return
 	}
 	if s.c.post(false, call{number: unix.SYS_EXIT_GROUP, args: [6]uintptr{ExitNotExecuted}}) == nil {

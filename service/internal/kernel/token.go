@@ -64,7 +64,7 @@ const bpfTokenCreate = 36 // enum bpf_cmd, Linux 6.9
 // CAP_SETGID in the initial user namespace. The caller closes the file system,
 // from the same goroutine.
 func Delegate(n *Namespaces, d Delegation, owner uint32) (_ *Filesystem, err error) {
-	c, err := newHelper(n)
+	c, err := newHelper(n, owner)
 	if err != nil {
 		return nil, err
 	}
@@ -136,7 +136,7 @@ var ErrNotMounted = errors.New("it is not mounted there any more")
 // Detach unmounts the BPF file system with the given number from a path in
 // the namespaces' mount namespace, or returns ErrNotMounted.
 func Detach(n *Namespaces, owner uint32, id uint64, at string) error {
-	c, err := newHelper(n)
+	c, err := newHelper(n, owner)
 	if err != nil {
 		return err
 	}
