@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command hostile does to the broker's socket what no client should.
+// Command hostile does to the broker what no client should, to its socket:
 //
 //	hostile raw TEXT…       send each text with a NUL, print the answers
 //	hostile flood BYTES     send so much without a NUL, print the answer
@@ -9,6 +9,12 @@
 //	                        hold them until standard input ends
 //	hostile half            send half a message, hold it until the broker hangs up
 //	hostile deaf            send calls and never read, until the broker hangs up
+//
+// and to the broker on the bus:
+//
+//	hostile bus-nonsense [ID|PID]…  call every method wrongly, print the errors
+//	hostile bus-fds N       send N messages with file descriptors, print the errors
+//	hostile bus-crowd N     keep N calls under way until standard input ends
 package main
 
 import (
@@ -34,6 +40,9 @@ func main() {
 }
 
 func run(what string, args []string) error {
+	if strings.HasPrefix(what, "bus-") {
+		return onBus(what, args)
+	}
 	if what == "hold" {
 		n, err := strconv.Atoi(args[0])
 		if err != nil {
