@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 	"time"
 
@@ -83,16 +84,24 @@ func Run(version string) error {
 	}
 
 	ctx, cancel := context.WithCancel(ctx)
+	var reloading sync.WaitGroup
+	// Before the broker is closed: it ends grants.
+	defer reloading.Wait()
 	defer cancel()
-	go func() {
-		for range reload {
+	reloading.Go(func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-reload:
+			}
 			notify(daemon.SdNotifyReloading + "\n" + daemon.SdNotifyMonotonicUsec())
 			b.SetProfiles(profile.Load(profile.DefaultDirs()))
 			notify(daemon.SdNotifyReady)
 		}
-	}()
+	})
 	go func() {
-		waitIdle(ctx, b, socket, bus)
+		waitIdle(ctx, b.Grants, socket, bus)
 		notify(daemon.SdNotifyStopping)
 		cancel()
 	}()
@@ -127,9 +136,12 @@ func listen() (*net.UnixListener, error) {
 	return listener, nil
 }
 
+// front is what a front says of its work: whether there is none, and since when.
+type front interface{ IdleSince() (time.Time, bool) }
+
 // waitIdle returns when ctx ends, or when nobody has been connected for a
 // while and there is no grant whose end the daemon would have to see to.
-func waitIdle(ctx context.Context, b *broker.Broker, fronts ...interface{ IdleSince() (time.Time, bool) }) {
+func waitIdle(ctx context.Context, grants func() int, fronts ...front) {
 	wait := idleTime
 	for {
 		select {
@@ -138,7 +150,7 @@ func waitIdle(ctx context.Context, b *broker.Broker, fronts ...interface{ IdleSi
 		case <-time.After(wait):
 		}
 		wait = idleTime
-		idle := b.Grants() == 0
+		idle := grants() == 0
 		var last time.Time
 		for _, front := range fronts {
 			since, quiet := front.IdleSince()

@@ -164,3 +164,26 @@ func TestNarrowing(t *testing.T) {
 	}
 	journalHas(t, "MESSAGE_ID=fcf1b7bb64b148f6ad5d4ca8a486e05b", "BPFBROKER_GRANT="+id)
 }
+
+// The target's owner can keep a helper from answering, and gets an error for it;
+// others notice nothing, and nothing stays.
+func TestTargetHangs(t *testing.T) {
+	leavesNothing(t)
+	_, pid := start(t, "alice", "exec unshare -Urm bash -c 'echo $$; exec sleep 60'")
+	pid = strings.TrimSpace(pid)
+	daemon := strings.TrimSpace(must(t, "root", "systemctl show -P MainPID bpfbroker.service"))
+	stopper, _ := start(t, "alice", "exec hostile stop "+daemon)
+	for _, command := range []string{"token-client mount " + pid + " network /mnt", manager + "MountToken susa{sv} network " + pid + " /mnt 0"} {
+		eventually(t, "a helper is stopped", func() bool {
+			begun := time.Now()
+			r := run(t, "alice", command)
+			if took := time.Since(begun); took > 12*time.Second {
+				t.Errorf("it took %v", took)
+			}
+			return strings.Contains(r.err, "the target does not answer")
+		})
+		must(t, "root", "timeout 2 bpfbroker run -p network -- true")
+	}
+	_ = machines.Signal(stopper, syscall.SIGKILL)
+	must(t, "alice", "bpfbroker -q revoke $(bpfbroker list --no-legend | cut -d' ' -f1) 2>/dev/null || true")
+}

@@ -9,6 +9,8 @@
 //	                        hold them until standard input ends
 //	hostile half            send half a message, hold it until the broker hangs up
 //	hostile deaf            send calls and never read, until the broker hangs up
+//	hostile stop PID        stop the processes that the daemon with that id starts,
+//	                        until standard input ends
 //
 // and to the broker on the bus:
 //
@@ -24,6 +26,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -42,6 +45,9 @@ func main() {
 func run(what string, args []string) error {
 	if strings.HasPrefix(what, "bus-") {
 		return onBus(what, args)
+	}
+	if what == "stop" {
+		return stop(args[0])
 	}
 	if what == "hold" {
 		n, err := strconv.Atoi(args[0])
@@ -150,4 +156,28 @@ func hold(n int) error {
 		_ = conn.Close()
 	}
 	return err
+}
+
+// stop stops whatever the daemon starts, as far as that is allowed, until standard
+// input ends.
+func stop(daemon string) error {
+	fmt.Println("ready")
+	go func() {
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		os.Exit(0)
+	}()
+	for {
+		files, err := filepath.Glob("/proc/" + daemon + "/task/*/children")
+		if err != nil {
+			return err
+		}
+		for _, file := range files {
+			children, _ := os.ReadFile(file) // the thread may have gone
+			for child := range strings.FieldsSeq(string(children)) {
+				if pid, err := strconv.Atoi(child); err == nil {
+					_ = syscall.Kill(pid, syscall.SIGSTOP)
+				}
+			}
+		}
+	}
 }
