@@ -9,6 +9,7 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/broker"
+	"github.com/bpfbroker/bpfbroker/service/internal/bus/wire"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
 	"github.com/bpfbroker/bpfbroker/service/internal/profile"
 )
@@ -108,18 +109,18 @@ func (f *Front) managerHandlers() map[string]handler {
 			if err != nil {
 				return nil, err
 			}
-			type row struct {
-				Path             dbus.ObjectPath
-				Profile, Tier    string
-				Owner            uint32
-				Unit             string
-				Process          uint32
-				Mount            string
-				Created, Expires uint64
-			}
-			grants := make([]row, 0, len(list))
+			grants := wire.NewArray("ossusustt")
 			for _, g := range list {
-				grants = append(grants, row{grantPath(g), g.Profile, g.Tier, g.Owner, g.Unit, uint32(g.PID), g.Path, uint64(g.Created), uint64(g.Expires)})
+				grants.Struct()
+				grants.String(string(grantPath(g)))
+				grants.String(g.Profile)
+				grants.String(g.Tier)
+				grants.Uint32(g.Owner)
+				grants.String(printable(g.Unit))
+				grants.Uint32(uint32(g.PID))
+				grants.String(printable(g.Path))
+				grants.Uint64(uint64(g.Created))
+				grants.Uint64(uint64(g.Expires))
 			}
 			return []any{grants}, nil
 		},

@@ -445,7 +445,12 @@ func newMessage(kind dbus.Type, body []any, fields map[dbus.HeaderField]any) *db
 	for field, value := range fields {
 		m.Headers[field] = dbus.MakeVariant(value)
 	}
-	if len(body) != 0 {
+	if len(body) == 0 {
+		return m
+	}
+	if a, ok := body[0].(*Array); ok {
+		m.Headers[dbus.FieldSignature] = dbus.MakeVariant(dbus.ParseSignatureMust(a.signature))
+	} else {
 		m.Headers[dbus.FieldSignature] = dbus.MakeVariant(dbus.SignatureOf(body...))
 	}
 	return m
@@ -488,7 +493,11 @@ func encode(message *dbus.Message) (data []byte, fds []int, err error) {
 	}()
 	var count uint32
 	for _, value := range message.Body {
-		if _, ok := value.(dbus.UnixFD); ok {
+		switch v := value.(type) {
+		case *Array:
+			data, err = v.encode(message)
+			return data, nil, err
+		case dbus.UnixFD:
 			count++
 		}
 	}
