@@ -36,7 +36,7 @@ func build(ctx context.Context) error {
 			return err
 		}
 	}
-	for _, name := range []string{"getinfo", "polkit"} {
+	for _, name := range []string{"acquire", "getinfo", "polkit"} {
 		err := host(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", filepath.Join(buildDir, name), "./"+filepath.Join(sourceDir, name))
 		if err != nil {
 			return err
@@ -54,7 +54,7 @@ func options(ctx context.Context) machines.Options {
 			return err
 		}
 		for _, args := range [][]string{
-			{"install", "-D", "-t", root + programDir, buildDir + "/client", buildDir + "/raw", buildDir + "/spawn", buildDir + "/getinfo", buildDir + "/polkit"},
+			{"install", "-D", "-t", root + programDir, buildDir + "/client", buildDir + "/raw", buildDir + "/spawn", buildDir + "/getinfo", buildDir + "/polkit", buildDir + "/acquire"},
 			{"install", "-m", "0644", "-t", root + "/etc/systemd/system", sourceDir + "/getinfo/getinfo.socket", sourceDir + "/getinfo/getinfo.service"},
 			{"cp", root + "/usr/share/doc/bpfbroker/polkit/20-network-without-guard.rules", root + "/etc/polkit-1/rules.d"},
 			{"gpasswd", "--root", root, "--add", "alice", "bpf"},

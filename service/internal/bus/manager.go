@@ -109,7 +109,7 @@ func (f *Front) managerHandlers() map[string]handler {
 			if err != nil {
 				return nil, err
 			}
-			grants := wire.NewArray("ossusustt")
+			grants := wire.NewArray("ossusustt", 192*len(list))
 			for _, g := range list {
 				grants.Struct()
 				grants.String(string(grantPath(g)))

@@ -6,8 +6,10 @@
 package grant
 
 import (
+	"cmp"
 	"crypto/rand"
 	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -28,7 +30,9 @@ import (
 type ID uint64
 
 // String returns the ID as 16 hexadecimal digits.
-func (id ID) String() string { return fmt.Sprintf("%016x", uint64(id)) }
+func (id ID) String() string {
+	return hex.EncodeToString(binary.BigEndian.AppendUint64(nil, uint64(id)))
+}
 
 // MarshalText implements encoding.TextMarshaler.
 func (id ID) MarshalText() ([]byte, error) { return []byte(id.String()), nil }
@@ -371,19 +375,20 @@ func (l *Ledger) Get(id ID) (Grant, error) {
 // List returns the live grants that want says yes to, the oldest first.
 func (l *Ledger) List(want func(Grant) bool) []Grant {
 	l.mu.Lock()
-	grants := []Grant{}
+	defer l.mu.Unlock()
+	var found []*entry
 	for _, e := range l.entries {
 		if e.live && want(e.Grant) {
-			grants = append(grants, e.Grant)
+			found = append(found, e)
 		}
 	}
-	l.mu.Unlock()
-	slices.SortFunc(grants, func(a, b Grant) int {
-		if a.Created != b.Created {
-			return int(a.Created - b.Created)
-		}
-		return strings.Compare(a.ID.String(), b.ID.String())
+	slices.SortFunc(found, func(a, b *entry) int {
+		return cmp.Or(cmp.Compare(a.Created, b.Created), cmp.Compare(a.ID, b.ID))
 	})
+	grants := make([]Grant, len(found))
+	for i, e := range found {
+		grants[i] = e.Grant
+	}
 	return grants
 }
 

@@ -22,9 +22,10 @@ const arrayHead = 8
 
 // NewArray makes an array of structs with fields of these types, of which the
 // caller then adds exactly those, in their order. There are strings, object paths,
-// and unsigned numbers of 32 and 64 bits.
-func NewArray(fields string) *Array {
-	return &Array{signature: "a(" + fields + ")", data: make([]byte, arrayHead)}
+// and unsigned numbers of 32 and 64 bits. size is about how many bytes there will
+// be.
+func NewArray(fields string, size int) *Array {
+	return &Array{signature: "a(" + fields + ")", data: make([]byte, arrayHead, arrayHead+size)}
 }
 
 // Struct begins the next struct.

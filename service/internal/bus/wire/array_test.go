@@ -23,7 +23,7 @@ type row struct {
 // An array is encoded as godbus does it.
 func TestArray(t *testing.T) {
 	rows := []row{}
-	a := NewArray("osut")
+	a := NewArray("osut", 0)
 	for i := range 20 {
 		encode := func(rows any) []byte {
 			data, fds, err := encode(message(dbus.TypeMethodReply, ":1.1", map[dbus.HeaderField]any{dbus.FieldReplySerial: uint32(i)}, rows))
@@ -56,7 +56,7 @@ func TestArray(t *testing.T) {
 
 func BenchmarkArray(b *testing.B) {
 	for b.Loop() {
-		a := NewArray("osut")
+		a := NewArray("osut", 0)
 		for range 10_000 {
 			a.Struct()
 			a.String("/org/bpfbroker/Broker1/grant/0123456789abcdef")
