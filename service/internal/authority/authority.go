@@ -7,11 +7,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"strconv"
 	"sync/atomic"
 
 	"github.com/godbus/dbus/v5"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/bus/wire"
 )
 
 // What Check returns, wrapped, when the answer isn't yes.
@@ -60,13 +61,14 @@ type Subject struct {
 // A Polkit asks polkit over the system bus. It connects when first needed and
 // again after the bus went away. Its methods may be called concurrently.
 type Polkit struct {
-	address string // of the bus, for tests; "" is the system bus
+	address string // of the bus
 
 	answers, prompts chan struct{} // one element for each check under way
 	checks           atomic.Uint64 // source of cancellation ids
 
 	lock   chan struct{} // of what follows; a channel, to wait with a context
-	conn   *conn
+	conn   *wire.Conn
+	ended  chan struct{} // closed when conn has ended
 	closed bool
 }
 
@@ -75,6 +77,7 @@ type Polkit struct {
 // closes it.
 func New() *Polkit {
 	return &Polkit{
+		address: wire.SystemBus(),
 		answers: make(chan struct{}, maxAnswers),
 		prompts: make(chan struct{}, maxPrompts),
 		lock:    make(chan struct{}, 1),
@@ -88,7 +91,7 @@ func (p *Polkit) Close() {
 	defer func() { <-p.lock }()
 	p.closed = true
 	if p.conn != nil {
-		p.conn.close()
+		p.conn.Close()
 	}
 }
 
@@ -129,19 +132,22 @@ func (p *Polkit) ask(ctx context.Context, slots chan struct{}, subject Subject, 
 			free()
 			return err
 		}
-		replies, err := c.call(checkCall(subject, action, details, flags, id))
-		if err != nil {
+		replies := make(chan *wire.Message, 1)
+		err = c.Ask(polkitMethod("CheckAuthorization"), func(reply *wire.Message) { replies <- reply }, checkArgs(subject, action, details, flags, id)...)
+		if errors.Is(err, wire.ErrDisconnected) {
+			replies <- nil
+		} else if err != nil {
 			free()
 			return fmt.Errorf("cannot send the peer's pidfd to polkit: %w", err)
 		}
 		select {
-		case reply, ok := <-replies:
-			if !ok && again {
+		case reply := <-replies:
+			if reply == nil && again {
 				continue
 			}
 			free()
-			if !ok {
-				return fmt.Errorf("%w: %v", ErrUnavailable, errDisconnected)
+			if reply == nil {
+				return fmt.Errorf("%w: %v", ErrUnavailable, wire.ErrDisconnected)
 			}
 			return verdict(reply)
 		case <-ctx.Done():
@@ -149,7 +155,8 @@ func (p *Polkit) ask(ctx context.Context, slots chan struct{}, subject Subject, 
 			// free before.
 			go func() {
 				defer free()
-				c.send(methodCall(polkitName, polkitPath, polkitInterface, "CancelCheckAuthorization", id))
+				// Of a connection that has ended the reply is there.
+				_ = c.Ask(polkitMethod("CancelCheckAuthorization"), func(*wire.Message) {}, id)
 				<-replies
 			}()
 			return waitError(ctx)
@@ -162,7 +169,7 @@ func waitError(ctx context.Context) error {
 }
 
 // connect returns the connection, made anew if there is none that lives.
-func (p *Polkit) connect(ctx context.Context) (*conn, error) {
+func (p *Polkit) connect(ctx context.Context) (*wire.Conn, error) {
 	select {
 	case p.lock <- struct{}{}:
 		defer func() { <-p.lock }()
@@ -172,10 +179,14 @@ func (p *Polkit) connect(ctx context.Context) (*conn, error) {
 	if p.closed {
 		return nil, fmt.Errorf("%w: closed", ErrUnavailable)
 	}
-	if p.conn != nil && p.conn.alive() {
-		return p.conn, nil
+	if p.conn != nil {
+		select {
+		case <-p.ended:
+		default:
+			return p.conn, nil
+		}
 	}
-	c, err := dial(ctx, p.busAddress())
+	c, err := wire.Dial(ctx, p.address)
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil, waitError(ctx)
@@ -183,53 +194,47 @@ func (p *Polkit) connect(ctx context.Context) (*conn, error) {
 		// Not wrapped: a timeout of ours isn't the caller's.
 		return nil, fmt.Errorf("%w: %v", ErrUnavailable, err)
 	}
-	p.conn = c
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = c.Serve(nil) // why it ended shows nobody anything
+	}()
+	p.conn, p.ended = c, ended
 	return c, nil
 }
 
-func (p *Polkit) busAddress() string {
-	if p.address != "" {
-		return p.address
-	}
-	if address := os.Getenv("DBUS_SYSTEM_BUS_ADDRESS"); address != "" {
-		return address
-	}
-	return defaultAddress
+func polkitMethod(member string) wire.Method {
+	return wire.Method{Destination: polkitName, Path: polkitPath, Interface: polkitInterface, Member: member}
 }
 
-// checkCall makes the call of CheckAuthorization. The keys of a unix-process
+// checkArgs makes the arguments of CheckAuthorization. The keys of a unix-process
 // subject are those of polkit_subject_new_for_gvariant_invocation: with pidfd and
 // uid it looks at no other.
-func checkCall(subject Subject, action Action, details map[string]string, flags uint32, cancellationID string) *dbus.Message {
+func checkArgs(subject Subject, action Action, details map[string]string, flags uint32, cancellationID string) []any {
 	type polkitSubject struct {
 		Kind    string
 		Details map[string]dbus.Variant
 	}
+	who := polkitSubject{"unix-process", map[string]dbus.Variant{
+		"pidfd": dbus.MakeVariant(dbus.UnixFD(subject.PidFD)),
+		"uid":   dbus.MakeVariant(int32(subject.UID)),
+	}}
 	if subject.BusName != "" {
-		return methodCall(polkitName, polkitPath, polkitInterface, "CheckAuthorization",
-			polkitSubject{"system-bus-name", map[string]dbus.Variant{"name": dbus.MakeVariant(subject.BusName)}},
-			string(action), details, flags, cancellationID)
+		who = polkitSubject{"system-bus-name", map[string]dbus.Variant{"name": dbus.MakeVariant(subject.BusName)}}
 	}
-	call := methodCall(polkitName, polkitPath, polkitInterface, "CheckAuthorization",
-		polkitSubject{"unix-process", map[string]dbus.Variant{
-			"pidfd": dbus.MakeVariant(dbus.UnixFD(subject.PidFD)),
-			"uid":   dbus.MakeVariant(int32(subject.UID)),
-		}},
-		string(action), details, flags, cancellationID)
-	call.Headers[dbus.FieldUnixFDs] = dbus.MakeVariant(uint32(1))
-	return call
+	return []any{who, string(action), details, flags, cancellationID}
 }
 
 // verdict turns polkit's reply into what Check returns.
-func verdict(reply *dbus.Message) error {
-	if reply.Type == dbus.TypeError {
-		return fmt.Errorf("%w: %v", ErrUnavailable, replyError(reply))
+func verdict(reply *wire.Message) error {
+	if err := reply.Err(); err != nil {
+		return fmt.Errorf("%w: %v", ErrUnavailable, err)
 	}
 	var result struct {
 		Authorized, Challenge bool
 		Details               map[string]string
 	}
-	if err := dbus.Store(reply.Body, &result); err != nil {
+	if err := reply.Decode(&result); err != nil {
 		return fmt.Errorf("%w: cannot read its answer: %v", ErrUnavailable, err)
 	}
 	switch {

@@ -4,11 +4,9 @@ package authority
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/binary"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"syscall"
@@ -46,11 +44,11 @@ func serveMock(address string) {
 	os.Exit(0)
 }
 
-func benchBus(b *testing.B) *testBus {
+func benchBus(b *testing.B) testBus {
 	b.Helper()
 	bus := newBus(b)
 	polkit := exec.Command(os.Args[0])
-	polkit.Env = append(os.Environ(), benchMock+"="+bus.address)
+	polkit.Env = append(os.Environ(), benchMock+"="+bus.Address)
 	polkit.Stderr = b.Output()
 	stdin, err := polkit.StdinPipe()
 	if err != nil {
@@ -94,10 +92,10 @@ func BenchmarkCheck(b *testing.B) {
 func BenchmarkGodbus(b *testing.B) {
 	bus := benchBus(b)
 	polkit := bus.connect().Object(polkitName, polkitPath)
-	call := checkCall(self(b), TokenNetwork, map[string]string{DetailProfile: "network"}, 0, "1")
+	args := checkArgs(self(b), TokenNetwork, map[string]string{DetailProfile: "network"}, 0, "1")
 	for b.Loop() {
 		var result mockResult
-		if err := polkit.CallWithContext(b.Context(), polkitInterface+".CheckAuthorization", 0, call.Body...).Store(&result); err != nil {
+		if err := polkit.CallWithContext(b.Context(), polkitInterface+".CheckAuthorization", 0, args...).Store(&result); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -105,66 +103,16 @@ func BenchmarkGodbus(b *testing.B) {
 
 func BenchmarkBare(b *testing.B) {
 	bus := benchBus(b)
-	socket, reader := bareConn(b, bus)
-	call := encode(b, checkCall(self(b), TokenNetwork, map[string]string{DetailProfile: "network"}, 0, "1"))
-	rights := syscall.UnixRights(self(b).PidFD)
+	c := newRawConn(b, bus)
+	check := methodCall(polkitName, polkitPath, polkitInterface, "CheckAuthorization",
+		checkArgs(self(b), TokenNetwork, map[string]string{DetailProfile: "network"}, 0, "1")...)
+	check.Headers[dbus.FieldUnixFDs] = dbus.MakeVariant(uint32(1))
+	call := encode(b, check)
 	serial := uint32(1)
 	for b.Loop() {
 		serial++
 		binary.LittleEndian.PutUint32(call[8:], serial)
-		if _, _, err := socket.WriteMsgUnix(call, rights, nil); err != nil {
-			b.Fatal(err)
-		}
-		skipMessage(b, reader)
-	}
-}
-
-// bareConn connects and says Hello by itself, and leaves the reading to its caller.
-func bareConn(b *testing.B, bus *testBus) (*net.UnixConn, *bufio.Reader) {
-	b.Helper()
-	name, err := socketName(bus.address)
-	if err != nil {
-		b.Fatal(err)
-	}
-	socket, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: name})
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() { _ = socket.Close() })
-	reader := bufio.NewReader(socket)
-	if err := authenticate(socket, reader); err != nil {
-		b.Fatal(err)
-	}
-	hello := encode(b, methodCall("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "Hello"))
-	binary.LittleEndian.PutUint32(hello[8:], 1)
-	if _, err := socket.Write(hello); err != nil {
-		b.Fatal(err)
-	}
-	skipMessage(b, reader) // the reply
-	skipMessage(b, reader) // NameAcquired
-	return socket, reader
-}
-
-func encode(b *testing.B, message *dbus.Message) []byte {
-	b.Helper()
-	var buffer bytes.Buffer
-	if _, err := message.EncodeToWithFDs(&buffer, binary.LittleEndian); err != nil {
-		b.Fatal(err)
-	}
-	return buffer.Bytes()
-}
-
-func skipMessage(b *testing.B, reader *bufio.Reader) {
-	b.Helper()
-	head, err := reader.Peek(headLen)
-	if err != nil {
-		b.Fatal(err)
-	}
-	size, ok := messageSize(head)
-	if !ok {
-		b.Fatal("not D-Bus")
-	}
-	if _, err := reader.Discard(size); err != nil {
-		b.Fatal(err)
+		c.write(call, self(b).PidFD)
+		c.skip()
 	}
 }

@@ -9,8 +9,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -19,6 +17,8 @@ import (
 	"testing"
 
 	"github.com/godbus/dbus/v5"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/testbus"
 )
 
 func TestMain(m *testing.M) {
@@ -66,117 +66,52 @@ func sameFile(a, b int) bool {
 	return syscall.Fstat(a, &x) == nil && syscall.Fstat(b, &y) == nil && x.Dev == y.Dev && x.Ino == y.Ino
 }
 
-// busConfig has the rules of dbus-daemon's system bus and of polkit's policy file,
-// except that any user may be polkit.
-const busConfig = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
- "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
-<busconfig>
-  <type>system</type>
-  <auth>EXTERNAL</auth>
-  <listen>unix:path=%s</listen>
-  <policy context="default">
-    <allow user="*"/>
-    <deny own="*"/>
-    <deny send_type="method_call"/>
-    <allow send_type="signal"/>
-    <allow send_requested_reply="true" send_type="method_return"/>
-    <allow send_requested_reply="true" send_type="error"/>
-    <allow receive_type="method_call"/>
-    <allow receive_type="method_return"/>
-    <allow receive_type="error"/>
-    <allow receive_type="signal"/>
-    <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus"/>
+// anyPolkit lets any user be polkit, whom anybody may call.
+const anyPolkit = `<policy context="default">
     <allow own="org.freedesktop.PolicyKit1"/>
     <allow send_destination="org.freedesktop.PolicyKit1"/>
-  </policy>
-</busconfig>
-`
+  </policy>`
 
-// A testBus is a dbus-daemon of the test's own with the system bus's policy.
+// testBus is a bus with a place for polkit.
 type testBus struct {
-	tb      testing.TB
-	config  string
-	address string
-	daemon  *exec.Cmd
+	*testbus.Bus
+	tb testing.TB
 }
 
-func newBus(tb testing.TB) *testBus {
+func newBus(tb testing.TB) testBus {
 	tb.Helper()
-	dir := tb.TempDir()
-	socket := filepath.Join(dir, "bus")
-	bus := &testBus{tb: tb, config: filepath.Join(dir, "bus.conf"), address: "unix:path=" + socket}
-	if err := os.WriteFile(bus.config, fmt.Appendf(nil, busConfig, socket), 0o600); err != nil {
-		tb.Fatal(err)
-	}
-	bus.start()
-	tb.Cleanup(bus.stop)
-	return bus
-}
-
-func (b *testBus) start() {
-	b.tb.Helper()
-	b.daemon = exec.Command("dbus-daemon", "--nofork", "--nopidfile", "--nosyslog", "--print-address", "--config-file="+b.config)
-	b.daemon.Stderr = b.tb.Output()
-	stdout, err := b.daemon.StdoutPipe()
-	if err != nil {
-		b.tb.Fatal(err)
-	}
-	if err := b.daemon.Start(); err != nil {
-		b.tb.Fatal(err)
-	}
-	if _, err := bufio.NewReader(stdout).ReadString('\n'); err != nil {
-		b.tb.Fatalf("dbus-daemon didn't start: %v", err)
-	}
-}
-
-func (b *testBus) stop() {
-	if b.daemon == nil {
-		return
-	}
-	if err := b.daemon.Process.Kill(); err != nil {
-		b.tb.Error(err)
-	}
-	// It was killed, so the error says nothing.
-	_ = b.daemon.Wait()
-	b.daemon = nil
+	return testBus{testbus.New(tb, anyPolkit), tb}
 }
 
 // connect gives a godbus connection to the bus.
-func (b *testBus) connect() *dbus.Conn {
+func (b testBus) connect() *dbus.Conn {
 	b.tb.Helper()
-	c, err := dbus.Connect(b.address)
-	if err != nil {
-		b.tb.Fatal(err)
-	}
-	b.tb.Cleanup(func() { _ = c.Close() })
-	return c
+	return b.Connect(b.tb)
 }
 
 // polkit gives a Polkit that uses the bus.
-func (b *testBus) polkit() *Polkit {
+func (b testBus) polkit() *Polkit {
 	p := New()
-	p.address = b.address
+	p.address = b.Address
 	b.tb.Cleanup(p.Close)
 	return p
 }
 
 // hostileSignals sends n signals to a unique name, each with four fds that
 // nothing in it refers to, and returns when the bus has passed them on.
-func hostileSignals(t *testing.T, bus *testBus, name string, n int) {
+func hostileSignals(t *testing.T, bus testBus, name string, n int) {
 	t.Helper()
-	c := rawConn(t, bus)
+	c := newRawConn(t, bus)
 	signal := signalTo(name)
 	signal.Headers[dbus.FieldUnixFDs] = dbus.MakeVariant(uint32(4))
 	for i := range n {
-		if _, _, err := c.socket.WriteMsgUnix(wire(t, c, signal), syscall.UnixRights(2, 2, 2, 2), nil); err != nil {
-			t.Fatal(err)
-		}
+		c.write(encode(t, signal), 2, 2, 2, 2)
 		// The bus queues 64 fds for a receiver and drops what comes beyond that.
 		if i%8 == 7 {
-			roundTrip(t, c)
+			c.call("GetId")
 		}
 	}
-	roundTrip(t, c)
+	c.call("GetId")
 }
 
 func signalTo(name string) *dbus.Message {
@@ -188,39 +123,87 @@ func signalTo(name string) *dbus.Message {
 	}}
 }
 
-func rawConn(t *testing.T, bus *testBus) *conn {
-	t.Helper()
-	c, err := dial(t.Context(), bus.address)
+// rawConn is a connection that says Hello, and leaves everything else to its user.
+type rawConn struct {
+	tb     testing.TB
+	socket *net.UnixConn
+	reader *bufio.Reader
+}
+
+func newRawConn(tb testing.TB, bus testBus) *rawConn {
+	tb.Helper()
+	socket, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: bus.Socket})
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
-	t.Cleanup(c.close)
+	tb.Cleanup(func() { _ = socket.Close() })
+	c := &rawConn{tb, socket, bufio.NewReader(socket)}
+	if _, err := fmt.Fprintf(socket, "\x00AUTH EXTERNAL %x\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n", strconv.Itoa(os.Geteuid())); err != nil {
+		tb.Fatal(err)
+	}
+	for range 2 {
+		if _, err := c.reader.ReadString('\n'); err != nil {
+			tb.Fatal(err)
+		}
+	}
+	c.call("Hello")
+	c.skip() // NameAcquired
 	return c
 }
 
-// wire gives a message as it is sent on c, with a serial.
-func wire(t *testing.T, c *conn, message *dbus.Message) []byte {
-	t.Helper()
-	var buffer bytes.Buffer
-	if err := message.EncodeTo(&buffer, binary.LittleEndian); err != nil {
-		t.Fatal(err)
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	binary.LittleEndian.PutUint32(buffer.Bytes()[8:], c.nextSerial())
-	return buffer.Bytes()
+// call calls a method of the bus and returns when it has answered, and so has
+// handled what was sent before.
+func (c *rawConn) call(member string) {
+	c.tb.Helper()
+	c.write(encode(c.tb, methodCall("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", member)))
+	c.skip()
 }
 
-// roundTrip returns when the bus has handled what c sent.
-func roundTrip(t *testing.T, c *conn) {
-	t.Helper()
-	replies, err := c.call(methodCall("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "GetId"))
+func (c *rawConn) write(data []byte, fds ...int) {
+	c.tb.Helper()
+	n, _, err := c.socket.WriteMsgUnix(data, syscall.UnixRights(fds...), nil)
+	if err == nil && n < len(data) {
+		_, err = c.socket.Write(data[n:])
+	}
 	if err != nil {
-		t.Fatal(err)
+		c.tb.Fatal(err)
 	}
-	if _, ok := <-replies; !ok {
-		t.Fatal("the bus hung up")
+}
+
+// skip reads a message.
+func (c *rawConn) skip() {
+	c.tb.Helper()
+	head, err := c.reader.Peek(16)
+	if err != nil {
+		c.tb.Fatal(err)
 	}
+	fields, body := binary.LittleEndian.Uint32(head[12:]), binary.LittleEndian.Uint32(head[4:])
+	if _, err := c.reader.Discard(16 + int(fields+7)&^7 + int(body)); err != nil {
+		c.tb.Fatal(err)
+	}
+}
+
+func methodCall(destination string, path dbus.ObjectPath, iface, member string, body ...any) *dbus.Message {
+	m := signalTo(destination)
+	m.Type, m.Body = dbus.TypeMethodCall, body
+	m.Headers[dbus.FieldPath] = dbus.MakeVariant(path)
+	m.Headers[dbus.FieldInterface] = dbus.MakeVariant(iface)
+	m.Headers[dbus.FieldMember] = dbus.MakeVariant(member)
+	if len(body) != 0 {
+		m.Headers[dbus.FieldSignature] = dbus.MakeVariant(dbus.SignatureOf(body...))
+	}
+	return m
+}
+
+// encode gives a message as it is sent, with a serial.
+func encode(tb testing.TB, message *dbus.Message) []byte {
+	tb.Helper()
+	var buffer bytes.Buffer
+	if _, err := message.EncodeToWithFDs(&buffer, binary.LittleEndian); err != nil {
+		tb.Fatal(err)
+	}
+	binary.LittleEndian.PutUint32(buffer.Bytes()[8:], 1)
+	return buffer.Bytes()
 }
 
 // uniqueNames gives the unique names on the bus.
@@ -234,7 +217,7 @@ func uniqueNames(t *testing.T, c *dbus.Conn) []string {
 }
 
 // nameOfNext gives the unique name that appears on the bus during connect.
-func nameOfNext(t *testing.T, bus *testBus, connect func()) string {
+func nameOfNext(t *testing.T, bus testBus, connect func()) string {
 	t.Helper()
 	observer := bus.connect()
 	before := uniqueNames(t, observer)
@@ -298,19 +281,17 @@ func TestHostileSize(t *testing.T) {
 	newMock(t, bus, says(true, false, nil))
 	p := bus.polkit()
 	name := nameOfNext(t, bus, func() { mustPass(t, p) })
-	stranger := rawConn(t, bus)
+	stranger := newRawConn(t, bus)
 	signal := signalTo(name)
 	signal.Headers[dbus.FieldSignature] = dbus.MakeVariant(dbus.SignatureOf(""))
 	signal.Body = []any{strings.Repeat("x", 30<<20)}
-	data := wire(t, stranger, signal)
+	data := encode(t, signal)
 
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	for range 10 {
-		if _, err := stranger.socket.Write(data); err != nil {
-			t.Fatal(err)
-		}
-		roundTrip(t, stranger)
+		stranger.write(data)
+		stranger.call("GetId")
 	}
 	mustPass(t, p)
 	runtime.ReadMemStats(&after)
@@ -328,44 +309,5 @@ func TestMethodCallsDontArrive(t *testing.T) {
 	err := bus.connect().Object(name, "/").Call("org.freedesktop.DBus.Peer.Ping", 0).Err
 	if e, ok := err.(dbus.Error); !ok || e.Name != "org.freedesktop.DBus.Error.AccessDenied" {
 		t.Errorf("calling a method gave %v, not AccessDenied", err)
-	}
-}
-
-func TestSocketName(t *testing.T) {
-	t.Parallel()
-	tests := []struct{ address, name string }{
-		{"unix:path=/run/dbus/system_bus_socket", "/run/dbus/system_bus_socket"},
-		{"unix:guid=0123,path=/a%20b", "/a b"},
-		{"unix:abstract=x,guid=0123", "@x"},
-		{"unix:path=/a%2", ""},
-		{"unix:tmpdir=/tmp", ""},
-		{"tcp:host=localhost", ""},
-		{"", ""},
-	}
-	for _, test := range tests {
-		name, err := socketName(test.address)
-		if name != test.name || (err == nil) != (test.name != "") {
-			t.Errorf("socketName(%q) = %q, %v; want %q", test.address, name, err, test.name)
-		}
-	}
-}
-
-func TestMessageSize(t *testing.T) {
-	t.Parallel()
-	tests := []struct {
-		head string
-		size int
-		ok   bool
-	}{
-		{"l\x02\x00\x01\x04\x00\x00\x00\x01\x00\x00\x00\x09\x00\x00\x00", 16 + 16 + 4, true},
-		{"B\x02\x00\x01\x00\x00\x00\x04\x00\x00\x00\x01\x00\x00\x00\x08", 16 + 8 + 4, true},
-		{"l\x02\x00\x01\xff\xff\xff\xff\x01\x00\x00\x00\xff\xff\xff\xff", 0, false},
-		{"x\x02\x00\x01\x04\x00\x00\x00\x01\x00\x00\x00\x08\x00\x00\x00", 0, false},
-	}
-	for _, test := range tests {
-		size, ok := messageSize([]byte(test.head))
-		if ok != test.ok || ok && size != test.size {
-			t.Errorf("messageSize(%q) = %d, %t; want %d, %t", test.head, size, ok, test.size, test.ok)
-		}
 	}
 }

@@ -3,12 +3,10 @@
 package bus
 
 import (
-	"bufio"
 	"context"
 	"fmt"
 	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -25,6 +23,7 @@ import (
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
 	"github.com/bpfbroker/bpfbroker/service/internal/limit"
 	"github.com/bpfbroker/bpfbroker/service/internal/profile"
+	"github.com/bpfbroker/bpfbroker/service/internal/testbus"
 )
 
 // The tests count the process's file descriptors, so they don't run in parallel.
@@ -35,32 +34,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// busConfig has the rules of dbus-daemon's system.conf, and then ours. There is
-// room for a thousand calls of one connection.
-const busConfig = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
- "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
-<busconfig>
-  <type>system</type>
-  <auth>EXTERNAL</auth>
-  <listen>unix:abstract=%s</listen>
-  <policy context="default">
-    <allow user="*"/>
-    <deny own="*"/>
-    <deny send_type="method_call"/>
-    <allow send_type="signal"/>
-    <allow send_requested_reply="true" send_type="method_return"/>
-    <allow send_requested_reply="true" send_type="error"/>
-    <allow receive_type="method_call"/>
-    <allow receive_type="method_return"/>
-    <allow receive_type="error"/>
-    <allow receive_type="signal"/>
-    <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus"/>
-  </policy>
-  %s
-  <limit name="max_replies_per_connection">2000</limit>
-  <include>%s</include>
-</busconfig>
-`
+// room is for a thousand calls of one connection.
+const room = `<limit name="max_replies_per_connection">2000</limit>`
 
 // asRoot lets the tests' user do what only root may.
 const asRoot = `<policy user="%d">
@@ -70,60 +45,20 @@ const asRoot = `<policy user="%d">
 
 const ourPolicy = "../../../packaging/dbus/org.bpfbroker.Broker1.conf"
 
-// testBus is a dbus-daemon of the test's own.
-type testBus struct {
-	t       testing.TB
-	address string
-	config  string
-	daemon  *exec.Cmd
-}
+// testBus is a bus with our policy.
+type testBus struct{ *testbus.Bus }
 
-func newBus(t testing.TB) *testBus {
+func newBus(t testing.TB) testBus {
 	t.Helper()
 	policy, err := filepath.Abs(ourPolicy)
 	if err != nil {
 		t.Fatal(err)
 	}
-	extra := ""
+	rules := room + "<include>" + policy + "</include>"
 	if uid := os.Getuid(); uid != 0 {
-		extra = fmt.Sprintf(asRoot, uid)
+		rules = fmt.Sprintf(asRoot, uid) + rules
 	}
-	dir := t.TempDir()
-	// Other users have to reach it too.
-	name := filepath.Join(dir, "bus")
-	b := &testBus{t: t, address: "unix:abstract=" + name, config: filepath.Join(dir, "bus.conf")}
-	if err := os.WriteFile(b.config, fmt.Appendf(nil, busConfig, name, extra, policy), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	b.start()
-	t.Cleanup(b.stop)
-	return b
-}
-
-func (b *testBus) start() {
-	b.t.Helper()
-	b.daemon = exec.Command("dbus-daemon", "--nofork", "--nopidfile", "--nosyslog", "--print-address", "--config-file="+b.config)
-	stdout, err := b.daemon.StdoutPipe()
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	if err := b.daemon.Start(); err != nil {
-		b.t.Fatal(err)
-	}
-	if _, err := bufio.NewReader(stdout).ReadString('\n'); err != nil {
-		b.t.Fatalf("dbus-daemon didn't start: %v", err)
-	}
-}
-
-func (b *testBus) stop() {
-	if b.daemon == nil {
-		return
-	}
-	if err := b.daemon.Process.Kill(); err != nil {
-		b.t.Error(err)
-	}
-	_ = b.daemon.Wait() // it was killed, so the error says nothing
-	b.daemon = nil
+	return testBus{testbus.New(t, rules)}
 }
 
 // client is a connection of a caller's.
@@ -132,19 +67,14 @@ type client struct {
 	t testing.TB
 }
 
-func (b *testBus) connect(t testing.TB) *client {
+func (b testBus) connect(t testing.TB) *client {
 	t.Helper()
-	conn, err := dbus.Connect(b.address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = conn.Close() })
-	return &client{conn, t}
+	return &client{b.Connect(t), t}
 }
 
 // stranger connects as another user: the kernel notes who a thread is when it
 // connects. Where the tests aren't run by root, everybody is a stranger.
-func (b *testBus) stranger(t testing.TB) *client {
+func (b testBus) stranger(t testing.TB) *client {
 	t.Helper()
 	if os.Getuid() != 0 {
 		return b.connect(t)
@@ -158,7 +88,7 @@ func (b *testBus) stranger(t testing.TB) *client {
 			t.Error(errno)
 			return
 		}
-		conn, err := dbus.Dial(b.address)
+		conn, err := dbus.Dial(b.Address)
 		if err != nil {
 			t.Error(err)
 			return
@@ -380,7 +310,7 @@ func (b *fakeBroker) taken() int {
 // fixture is a bus with a front on it, in front of a fake broker.
 type fixture struct {
 	*Front
-	bus    *testBus
+	bus    testBus
 	broker *fakeBroker
 	stop   func() error // ends Serve and returns its error; may be called again
 
@@ -414,7 +344,7 @@ func newFixture(t testing.TB) *fixture {
 }
 
 // serveOn starts a front. change may alter it before.
-func serveOn(t testing.TB, bus *testBus, change func(*fixture)) *fixture {
+func serveOn(t testing.TB, bus testBus, change func(*fixture)) *fixture {
 	t.Helper()
 	f := &fixture{bus: bus, broker: newFakeBroker(), users: map[string]uint32{}}
 	var err error
@@ -427,7 +357,7 @@ func serveOn(t testing.TB, bus *testBus, change func(*fixture)) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f.address = bus.address
+	f.address = bus.Address
 	f.processFD = pidfd
 	f.userOf = func(name string, uid uint32) uint32 {
 		f.mu.Lock()

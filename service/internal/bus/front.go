@@ -5,7 +5,6 @@
 package bus
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -22,8 +21,7 @@ import (
 )
 
 const (
-	busName        = "org.bpfbroker.Broker1"
-	defaultAddress = "unix:path=/run/dbus/system_bus_socket"
+	busName = "org.bpfbroker.Broker1"
 
 	// doNotQueue is RequestName's flag, primaryOwner its answer.
 	doNotQueue   = 4
@@ -108,7 +106,7 @@ type Front struct {
 func New(config Config) (*Front, error) {
 	f := &Front{
 		Config:    config,
-		address:   cmp.Or(os.Getenv("DBUS_SYSTEM_BUS_ADDRESS"), defaultAddress),
+		address:   wire.SystemBus(),
 		idleSince: time.Now(),
 		processFD: func(file *os.File, _ uint32) *os.File { return file },
 		userOf:    func(_ string, uid uint32) uint32 { return uid },

@@ -559,7 +559,7 @@ func TestUndeliverableAnswersAreUndone(t *testing.T) {
 	eventually(t, "the grant is withdrawn", func() bool { return f.broker.taken() == 3 })
 
 	// A caller that takes no fds.
-	socket, err := net.Dial("unix", "@"+strings.TrimPrefix(f.bus.address, "unix:abstract="))
+	socket, err := net.Dial("unix", f.bus.Socket)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -575,7 +575,7 @@ func TestUndeliverableAnswersAreUndone(t *testing.T) {
 	_ = plain.Close()
 
 	// One that leaves as soon as it has the answer, and then it is one.
-	if out, err := exec.Command("busctl", "--address="+f.bus.address, "call", busName, rootPath, managerInterface,
+	if out, err := exec.Command("busctl", "--address="+f.bus.Address, "call", busName, rootPath, managerInterface,
 		"MountToken", "susa{sv}", "network", fmt.Sprint(os.Getpid()), "/x", "0").CombinedOutput(); err != nil {
 		t.Errorf("busctl: %v\n%s", err, out)
 	}
@@ -613,7 +613,7 @@ func TestCallerLeavesDuringAuthorization(t *testing.T) {
 }
 
 // hostile sends n messages with fds to a name, in every way.
-func hostile(t *testing.T, bus *testBus, to string, n int) {
+func hostile(t *testing.T, bus testBus, to string, n int) {
 	t.Helper()
 	c := bus.stranger(t)
 	for i := range n {
@@ -843,9 +843,9 @@ func TestBusRestarts(t *testing.T) {
 	<-f.broker.started
 	before := openFiles(t)
 	for range 2 {
-		f.bus.stop()
+		f.bus.Stop()
 		eventually(t, "the loss is noticed", func() bool { return f.session.Load() == nil })
-		f.bus.start()
+		f.bus.Start()
 		f.waitForName(t)
 	}
 	<-f.broker.canceled
@@ -935,7 +935,7 @@ func TestBusctl(t *testing.T) {
 		{"--allow-interactive-authorization=no", "call", busName, rootPath, managerInterface, "ListProfiles", "a{sv}", "0"},
 		{"get-property", busName, grantPrefix + "00000000000003e8", grantInterface, "NotEnforced", "State"},
 	} {
-		out, err := exec.Command("busctl", append([]string{"--address=" + f.bus.address}, args...)...).CombinedOutput()
+		out, err := exec.Command("busctl", append([]string{"--address=" + f.bus.Address}, args...)...).CombinedOutput()
 		if err != nil {
 			t.Errorf("busctl %v: %v\n%s", args, err, out)
 		}

@@ -12,6 +12,7 @@ package wire
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/hex"
@@ -28,6 +29,9 @@ import (
 
 	"github.com/godbus/dbus/v5"
 )
+
+// defaultAddress is the system bus's usual place.
+const defaultAddress = "unix:path=/run/dbus/system_bus_socket"
 
 const (
 	busName      = "org.freedesktop.DBus"
@@ -63,7 +67,15 @@ type Conn struct {
 
 	mu      sync.Mutex
 	serial  uint32
-	pending map[uint32]func(*reply) // nil when Serve has ended
+	pending map[uint32]pending // nil when Serve has ended
+}
+
+// pending is a call that waits for its answer.
+type pending struct {
+	done func(*reply)
+	// stranger says that the call is to somebody else than the bus, who answers
+	// under a name of its own. The bus passes on no answers but those to calls.
+	stranger bool
 }
 
 // reply is an answer of the bus's. The receiver closes the file, which is nil
@@ -72,6 +84,10 @@ type reply struct {
 	*Message
 	file *os.File
 }
+
+// SystemBus returns the addresses of the system bus: those that
+// DBUS_SYSTEM_BUS_ADDRESS has, or its usual place.
+func SystemBus() string { return cmp.Or(os.Getenv("DBUS_SYSTEM_BUS_ADDRESS"), defaultAddress) }
 
 // Dial connects to the first address of a D-Bus address list that answers. The
 // caller closes the connection.
@@ -113,7 +129,7 @@ func dialOne(ctx context.Context, address string) (*Conn, error) {
 }
 
 func newConn(socket *net.UnixConn) *Conn {
-	return &Conn{socket: socket, rest: bufio.NewReader(nil), pending: map[uint32]func(*reply){}}
+	return &Conn{socket: socket, rest: bufio.NewReader(nil), pending: map[uint32]pending{}}
 }
 
 // socketName gives the name of a unix socket, as package net has it, from one
@@ -145,7 +161,7 @@ func (c *Conn) begin() error {
 		return err
 	}
 	var hello *reply
-	if _, err := c.send(busCall("Hello", nil), func(r *reply) { hello = r }); err != nil {
+	if _, err := c.send(busCall("Hello", nil), pending{done: func(r *reply) { hello = r }}); err != nil {
 		return err
 	}
 	for hello == nil {
@@ -155,7 +171,7 @@ func (c *Conn) begin() error {
 	}
 	closeFile(hello.file)
 	if hello.Type != dbus.TypeMethodReply {
-		return replyError(hello.Message)
+		return hello.Err()
 	}
 	return hello.Decode(&c.name)
 }
@@ -196,7 +212,8 @@ func (c *Conn) readLine() (string, error) {
 // Name returns the connection's unique name.
 func (c *Conn) Name() string { return c.name }
 
-// Serve reads until the connection ends, and returns why.
+// Serve reads until the connection ends, and returns why. A nil handler is for
+// connections that only call.
 func (c *Conn) Serve(h Handler) error {
 	for {
 		err := c.receive(h)
@@ -208,8 +225,8 @@ func (c *Conn) Serve(h Handler) error {
 		pending := c.pending
 		c.pending = nil
 		c.mu.Unlock()
-		for _, done := range pending {
-			done(nil)
+		for _, p := range pending {
+			p.done(nil)
 		}
 		return fmt.Errorf("%w: %v", ErrDisconnected, err)
 	}
@@ -251,14 +268,13 @@ func (c *Conn) receive(h Handler) error {
 	case unreadable != nil || h == nil && m.Type != dbus.TypeMethodReply && m.Type != dbus.TypeError:
 	case m.Type == dbus.TypeMethodCall:
 		h.Call(&m.Message)
-	case m.Sender != busName:
-	case m.Type == dbus.TypeSignal:
-		h.Signal(&m.Message)
-	default:
-		if done := c.forget(m.replySerial); done != nil {
+	case m.Type != dbus.TypeSignal:
+		if done := c.answered(&m.Message); done != nil {
 			done(&reply{&m.Message, file})
 			file = nil
 		}
+	case m.Sender == busName:
+		h.Signal(&m.Message)
 	}
 	return nil
 }
@@ -327,17 +343,43 @@ func busCall(member string, args []any) *dbus.Message {
 // when there is none but an error. done is called by Serve, which it must not
 // hold up; it isn't called when Start returns an error.
 func (c *Conn) Start(member string, done func(*Message), args ...any) error {
-	_, err := c.send(busCall(member, args), func(r *reply) {
+	return c.start(busCall(member, args), false, func(m *Message) {
+		if m != nil && m.Type != dbus.TypeMethodReply {
+			m = nil
+		}
+		done(m)
+	})
+}
+
+// Method is a method of another connection's.
+type Method struct {
+	Destination       string
+	Path              dbus.ObjectPath
+	Interface, Member string
+}
+
+// Ask calls a method and lets done have the answer, an error too (Err), or nil
+// when the connection ends. done is called as by Start. Files among the arguments,
+// as dbus.UnixFD, stay the caller's.
+func (c *Conn) Ask(method Method, done func(*Message), args ...any) error {
+	return c.start(newMessage(dbus.TypeMethodCall, args, map[dbus.HeaderField]any{
+		dbus.FieldDestination: method.Destination,
+		dbus.FieldPath:        method.Path,
+		dbus.FieldInterface:   method.Interface,
+		dbus.FieldMember:      method.Member,
+	}), true, done)
+}
+
+// start sends a call whose answer comes without files.
+func (c *Conn) start(call *dbus.Message, stranger bool, done func(*Message)) error {
+	_, err := c.send(call, pending{stranger: stranger, done: func(r *reply) {
 		if r == nil {
 			done(nil)
 			return
 		}
 		closeFile(r.file)
-		if r.Type != dbus.TypeMethodReply {
-			r.Message = nil
-		}
 		done(r.Message)
-	})
+	}})
 	return err
 }
 
@@ -346,7 +388,7 @@ func (c *Conn) Tell(member string, args ...any) {
 	call := busCall(member, args)
 	call.Flags |= dbus.FlagNoReplyExpected
 	// A connection that has ended shows elsewhere.
-	_, _ = c.send(call, nil)
+	_, _ = c.send(call, pending{})
 }
 
 // Call calls a method of the bus's own. The error may be ErrDisconnected.
@@ -360,7 +402,7 @@ func (c *Conn) Call(member string, args ...any) (*Message, error) {
 // the file; it is nil if there was none.
 func (c *Conn) CallForFile(member string, args ...any) (*Message, *os.File, error) {
 	replies := make(chan *reply, 1)
-	if _, err := c.send(busCall(member, args), func(r *reply) { replies <- r }); err != nil {
+	if _, err := c.send(busCall(member, args), pending{done: func(r *reply) { replies <- r }}); err != nil {
 		return nil, nil, err
 	}
 	r := <-replies
@@ -369,25 +411,28 @@ func (c *Conn) CallForFile(member string, args ...any) (*Message, *os.File, erro
 		return nil, nil, ErrDisconnected
 	case r.Type != dbus.TypeMethodReply:
 		closeFile(r.file)
-		return nil, nil, replyError(r.Message)
+		return nil, nil, r.Err()
 	}
 	return r.Message, r.file, nil
 }
 
-// replyError makes an error of an error reply.
-func replyError(m *Message) error {
+// Err returns an error reply as an error, and nil for other messages.
+func (m *Message) Err() error {
+	if m.Type != dbus.TypeError {
+		return nil
+	}
 	var text string
 	if strings.HasPrefix(m.Signature, "s") {
 		// Without a text there is still the name.
 		_ = m.Decode(&text)
 	}
-	return fmt.Errorf("%s: %.512q", m.ErrorName, text)
+	return fmt.Errorf("%.128s: %.512q", m.ErrorName, text)
 }
 
 // Reply answers a call. What is wrong with the values is an error, after which
 // another answer can be sent.
 func (c *Conn) Reply(to *Message, values ...any) error {
-	_, err := c.send(replyTo(to, values), nil)
+	_, err := c.send(replyTo(to, values), pending{})
 	return err
 }
 
@@ -396,12 +441,12 @@ func (c *Conn) Reply(to *Message, values ...any) error {
 // dbus.UnixFD, stay the caller's.
 func (c *Conn) Deliver(to *Message, values ...any) error {
 	var refused error
-	serial, err := c.send(replyTo(to, values), func(r *reply) {
+	serial, err := c.send(replyTo(to, values), pending{done: func(r *reply) {
 		if r != nil {
 			closeFile(r.file)
-			refused = replyError(r.Message)
+			refused = r.Err()
 		}
-	})
+	}})
 	if err != nil {
 		return err
 	}
@@ -419,7 +464,7 @@ func (c *Conn) ReplyError(to *Message, name, text string) {
 		dbus.FieldDestination: to.Sender,
 		dbus.FieldReplySerial: to.serial,
 		dbus.FieldErrorName:   name,
-	}), nil)
+	}), pending{})
 }
 
 // Signal sends a signal to one connection.
@@ -429,7 +474,7 @@ func (c *Conn) Signal(destination string, path dbus.ObjectPath, iface, member st
 		dbus.FieldPath:        path,
 		dbus.FieldInterface:   iface,
 		dbus.FieldMember:      member,
-	}), nil)
+	}), pending{})
 	return err
 }
 
@@ -456,10 +501,10 @@ func newMessage(kind dbus.Type, body []any, fields map[dbus.HeaderField]any) *db
 	return m
 }
 
-// send sends a message. If done isn't nil it gets the answer to it, or nil when
-// Serve ends, by which it is called. After an error it isn't called, and nothing
-// was sent.
-func (c *Conn) send(message *dbus.Message, done func(*reply)) (serial uint32, err error) {
+// send sends a message. If it has done, that gets the answer, or nil when Serve
+// ends, by which it is called. After an error it isn't called, and nothing was
+// sent.
+func (c *Conn) send(message *dbus.Message, p pending) (serial uint32, err error) {
 	data, fds, err := encode(message)
 	if err != nil {
 		return 0, err
@@ -470,8 +515,8 @@ func (c *Conn) send(message *dbus.Message, done func(*reply)) (serial uint32, er
 		return 0, ErrDisconnected
 	}
 	serial = c.nextSerial()
-	if done != nil {
-		c.pending[serial] = done
+	if p.done != nil {
+		c.pending[serial] = p
 	}
 	c.mu.Unlock()
 	// godbus keeps the serial to itself; its place is fixed.
@@ -484,28 +529,27 @@ func (c *Conn) send(message *dbus.Message, done func(*reply)) (serial uint32, er
 }
 
 // encode gives a message's bytes and its fds, which are the UnixFDs among its
-// values, not those within any. godbus panics on some values that it can't encode.
+// values. godbus panics on some values that it can't encode.
 func encode(message *dbus.Message) (data []byte, fds []int, err error) {
 	defer func() {
 		if v := recover(); v != nil {
 			err = fmt.Errorf("cannot encode a message: %v", v)
 		}
 	}()
-	var count uint32
-	for _, value := range message.Body {
-		switch v := value.(type) {
-		case *Array:
-			data, err = v.encode(message)
+	if len(message.Body) == 1 {
+		if a, ok := message.Body[0].(*Array); ok {
+			data, err = a.encode(message)
 			return data, nil, err
-		case dbus.UnixFD:
-			count++
 		}
-	}
-	if count > 0 {
-		message.Headers[dbus.FieldUnixFDs] = dbus.MakeVariant(count)
 	}
 	var buffer bytes.Buffer
 	fds, err = message.EncodeToWithFDs(&buffer, binary.LittleEndian)
+	if err == nil && len(fds) > 0 {
+		// Their number stands before them.
+		message.Headers[dbus.FieldUnixFDs] = dbus.MakeVariant(uint32(len(fds)))
+		buffer.Reset()
+		fds, err = message.EncodeToWithFDs(&buffer, binary.LittleEndian)
+	}
 	return buffer.Bytes(), fds, err
 }
 
@@ -519,13 +563,23 @@ func (c *Conn) nextSerial() uint32 {
 	}
 }
 
-// forget takes the receiver of an answer away and returns it.
-func (c *Conn) forget(serial uint32) func(*reply) {
+// answered returns what gets an answer, nil if nobody waits for one of its sender.
+func (c *Conn) answered(m *Message) func(*reply) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	done := c.pending[serial]
+	p := c.pending[m.replySerial]
+	if !p.stranger && m.Sender != busName {
+		return nil
+	}
+	delete(c.pending, m.replySerial)
+	return p.done
+}
+
+// forget has an answer thrown away.
+func (c *Conn) forget(serial uint32) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	delete(c.pending, serial)
-	return done
 }
 
 // write sends one message. It returns an error when nothing of it could be sent

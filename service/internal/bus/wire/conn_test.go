@@ -365,3 +365,85 @@ func FuzzMessage(f *testing.F) {
 		}
 	})
 }
+
+// Others than the bus answer only what they were asked; and the files in a call
+// are counted wherever they are.
+func TestAsk(t *testing.T) {
+	f := newFixture(t)
+	before := openFiles(t)
+	answered := make(chan *Message, 2)
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	args := []any{map[string]dbus.Variant{"a": dbus.MakeVariant(dbus.UnixFD(null.Fd()))}, dbus.UnixFD(null.Fd())}
+	if err := f.Ask(Method{"x.y", "/x", "x.y", "Z"}, func(m *Message) { answered <- m }, args...); err != nil {
+		t.Fatal(err)
+	}
+	_ = null.Close()
+	data, control := make([]byte, 4096), make([]byte, 4096)
+	n, controlLen, _, _, err := f.bus.ReadMsgUnix(data, control)
+	if err != nil {
+		t.Fatal(err)
+	}
+	call, err := dbus.DecodeMessage(bytes.NewReader(data[:n]))
+	if err != nil || call.Headers[dbus.FieldUnixFDs].Value() != uint32(2) {
+		t.Errorf("got %v, %v", call, err)
+	}
+	messages, err := syscall.ParseSocketControlMessage(control[:controlLen])
+	if err != nil {
+		t.Fatal(err)
+	}
+	fds, err := syscall.ParseUnixRights(&messages[0])
+	if err != nil || len(fds) != 2 {
+		t.Errorf("got %v, %v", fds, err)
+	}
+	for _, fd := range fds {
+		_ = syscall.Close(fd)
+	}
+	to := func(serial uint32) map[dbus.HeaderField]any {
+		return map[dbus.HeaderField]any{dbus.FieldReplySerial: serial}
+	}
+	f.put(message(dbus.TypeMethodReply, ":1.1", to(7), "another's"), 2)
+	f.put(message(dbus.TypeMethodReply, ":1.1", to(1), "yes"), 2, 2)
+	f.put(message(dbus.TypeMethodReply, ":1.1", to(1), "again"), 2)
+	var text string
+	if err := (<-answered).Decode(&text); err != nil || text != "yes" {
+		t.Errorf("got %q, %v", text, err)
+	}
+	if err := f.Ask(Method{"x.y", "/x", "x.y", "Z"}, func(m *Message) { answered <- m }); err != nil {
+		t.Fatal(err)
+	}
+	fields := to(2)
+	fields[dbus.FieldErrorName] = "x.Wrong"
+	f.put(message(dbus.TypeError, ":1.1", fields, "why"), 2)
+	if err := (<-answered).Err(); err == nil || err.Error() != `x.Wrong: "why"` {
+		t.Errorf("got %v", err)
+	}
+	f.put(message(dbus.TypeSignal, busName, nil))
+	<-f.signals
+	if after := openFiles(t); after != before {
+		t.Errorf("%d open files before, %d after", before, after)
+	}
+	if err := f.Ask(Method{"x.y", "/x", "x.y", "Z"}, func(*Message) {}, dbus.UnixFD(-1)); !errors.Is(err, syscall.EBADF) {
+		t.Errorf("a bad fd: got %v", err)
+	}
+}
+
+func TestParseHead(t *testing.T) {
+	for _, test := range []struct {
+		head string
+		size int
+		ok   bool
+	}{
+		{"l\x02\x00\x01\x04\x00\x00\x00\x01\x00\x00\x00\x09\x00\x00\x00", 16 + 16 + 4, true},
+		{"B\x02\x00\x01\x00\x00\x00\x04\x00\x00\x00\x01\x00\x00\x00\x08", 16 + 8 + 4, true},
+		{"l\x02\x00\x01\xff\xff\xff\xff\x01\x00\x00\x00\xff\xff\xff\xff", 0, false},
+		{"x\x02\x00\x01\x04\x00\x00\x00\x01\x00\x00\x00\x08\x00\x00\x00", 0, false},
+	} {
+		h, err := parseHead([]byte(test.head))
+		if (err == nil) != test.ok || err == nil && h.Size != test.size {
+			t.Errorf("parseHead(%q) = %+v, %v; want %d", test.head, h, err, test.size)
+		}
+	}
+}

@@ -27,8 +27,8 @@ const (
 // path, in MountToken, is half of it.
 const MaxBody = 8 << 10
 
-// maxReply is the same for the bus's own messages: its credentials of a
-// connection have up to 65536 groups.
+// maxReply is the same for answers, and the bus's own messages: its credentials of
+// a connection have up to 65536 groups.
 const maxReply = 512 << 10
 
 // A Message is a message that came in.
@@ -107,7 +107,7 @@ func (h *head) limit() int {
 	switch {
 	case h.Type == dbus.TypeMethodCall:
 		return MaxBody
-	case h.Sender == busName:
+	case h.Type != dbus.TypeSignal, h.Sender == busName:
 		return maxReply
 	}
 	return 0
