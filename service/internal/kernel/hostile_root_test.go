@@ -52,8 +52,6 @@ func TestKilledHelper(t *testing.T) {
 			results["done"]++
 		case errors.Is(err, ErrHelperKilled):
 			results["killed"]++
-		case errors.Is(err, ErrTargetHangs) && results["hung"] < 3:
-			results["hung"]++ // a guest whose processor is emulated can be that slow
 		default:
 			t.Fatalf("got %v", err)
 		}
