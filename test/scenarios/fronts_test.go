@@ -218,6 +218,7 @@ func TestEveryVerbOnBothFronts(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
+			eventually(t, "the grants of the test before have ended", func() bool { return run(t, "root", "bpfbroker list --all --no-legend").out == "" })
 			var verdicts [2]verdict
 			var left [2][]map[string]string
 			for i, f := range bothFronts {

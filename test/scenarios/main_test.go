@@ -197,7 +197,7 @@ type traces struct {
 // process sees, the daemon's descriptors and helper processes, and the ledger.
 func look(t *testing.T) traces {
 	t.Helper()
-	must(t, "root", "varlinkctl info "+broker) // the daemon runs
+	run(t, "alice", "bpfbroker check") // the daemon runs, and has asked polkit
 	count := func(command string) int {
 		n, err := strconv.Atoi(strings.TrimSpace(must(t, "root", command)))
 		if err != nil {
