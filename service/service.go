@@ -46,7 +46,8 @@ const (
 func Run(version string) error {
 	var level slog.LevelVar
 	slog.SetDefault(slog.New(journal.NewHandler(&level)))
-	if err := kernel.ReserveDescriptors(); err != nil {
+	helpersDied := make(chan struct{})
+	if err := kernel.StartHelpers(func() { close(helpersDied) }); err != nil {
 		return err
 	}
 	// Before READY=1, from which on systemd may send it.
@@ -83,11 +84,11 @@ func Run(version string) error {
 		return err
 	}
 
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := context.WithCancelCause(ctx)
 	var reloading sync.WaitGroup
 	// Before the broker is closed: it ends grants.
 	defer reloading.Wait()
-	defer cancel()
+	defer cancel(nil)
 	reloading.Go(func() {
 		for {
 			select {
@@ -103,15 +104,25 @@ func Run(version string) error {
 	go func() {
 		waitIdle(ctx, b.Grants, socket, bus)
 		notify(daemon.SdNotifyStopping)
-		cancel()
+		cancel(nil)
 	}()
 	go watchdog(ctx)
+	go func() {
+		select {
+		case <-ctx.Done():
+		case <-helpersDied:
+			cancel(errors.New("cannot work in targets any more: somebody killed the process that does"))
+		}
+	}()
 
 	served := make(chan error, 1)
 	go func() { served <- bus.Serve(ctx) }()
 	notify(daemon.SdNotifyReady)
 	err = socket.Serve(ctx, listener)
-	cancel()
+	cancel(nil)
+	if cause := context.Cause(ctx); cause != context.Canceled {
+		err = errors.Join(err, cause)
+	}
 	return errors.Join(err, <-served)
 }
 

@@ -150,6 +150,7 @@ func TestLimits(t *testing.T) {
 		"Time for a request":                  `varlink/server.go cmp.Or\(l.Request, (\d+)\*time.Minute`,
 		"Time for an answer to be taken":      `varlink/server.go cmp.Or\(l.Write, (\d+)\*time.Second`,
 		"Time for a step in the target":       `kernel/child.go childTimeout = (\d+) \* time.Second`,
+		"Requests at work in targets":         `kernel/mother.go maxHelpers = (\d+)`,
 		"Hanging steps in a user's targets":   `kernel/child.go maxHanging = (\d+)`,
 		"Questions to polkit under way":       `authority/authority.go maxAnswers = (\d+)`,
 		"Password prompts under way":          `authority/authority.go maxPrompts = (\d+)`,

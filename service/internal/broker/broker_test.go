@@ -34,6 +34,7 @@ func TestRefuse(t *testing.T) {
 		{kernel.ErrPathDenied, "PathDenied", "target"},
 		{kernel.ErrTargetHangs, "TargetHangs", "target"},
 		{kernel.ErrHelperKilled, "Busy", "target"},
+		{kernel.ErrTooManyHelpers, "Busy", "limit"},
 		{kernel.ErrTokenMismatch, "NotDelegatable", "kernel"},
 		{kernel.ErrNotSupported, "KernelNotSupported", "kernel"},
 		{grant.ErrQuotaUser, "QuotaExceeded", "limit"},

@@ -48,6 +48,7 @@ var refusals = []struct {
 	{kernel.ErrPathIsLink, "PathIsLink", "target", "name the directory itself"},
 	{kernel.ErrPathNotDirectory, "PathNotDirectory", "target", "name a directory"},
 	{kernel.ErrPathDenied, "PathDenied", "target", "name a directory that the owner of the user namespace can reach"},
+	{kernel.ErrTooManyHelpers, "Busy", "limit", "ask again later"},
 	{kernel.ErrHelperKilled, "Busy", "target", "ask again, and let bpfbroker's helper process in the target live"},
 	{kernel.ErrTargetHangs, "TargetHangs", "target", "name a path outside of file systems that don't answer"},
 	{kernel.ErrTokenMismatch, "NotDelegatable", "kernel", "report the kernel and the profile"},

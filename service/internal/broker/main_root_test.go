@@ -33,11 +33,8 @@ const (
 )
 
 func TestMain(m *testing.M) {
-	if err := kernel.ReserveDescriptors(); err != nil {
-		panic(err)
-	}
 	slog.SetDefault(slog.New(slog.DiscardHandler)) // but see logged
-	testtarget.Main(m, nil)
+	testtarget.Main(m, nil, func() error { return kernel.StartHelpers(func() { panic("no helpers any more") }) })
 }
 
 // files are the profiles of the tests.

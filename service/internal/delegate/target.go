@@ -84,7 +84,7 @@ func (t *Target) Namespaces() *kernel.Namespaces { return t.namespaces }
 func (t *Target) Close() { t.namespaces.Close() }
 
 // Filesystem makes a BPF file system for the target that delegates what the
-// profile says. The caller closes it, from the same goroutine.
+// profile says. The caller closes it.
 func (t *Target) Filesystem(p *profile.Profile) (*kernel.Filesystem, error) {
 	return kernel.Delegate(t.namespaces, kernel.Delegation{
 		Commands:    uint64(p.Commands),

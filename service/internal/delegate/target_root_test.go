@@ -19,10 +19,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if err := kernel.ReserveDescriptors(); err != nil {
-		panic(err)
-	}
-	testtarget.Main(m, nil)
+	testtarget.Main(m, nil, func() error { return kernel.StartHelpers(func() { panic("no helpers any more") }) })
 }
 
 func processOf(t *testing.T, p *testtarget.Process) *kernel.Process {

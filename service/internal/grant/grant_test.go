@@ -27,7 +27,7 @@ import (
 
 func TestMain(m *testing.M) {
 	slog.SetDefault(slog.New(slog.DiscardHandler))
-	testtarget.Main(m, nil)
+	testtarget.Main(m, nil, nil)
 }
 
 // end is what a ledger said of a grant's end.

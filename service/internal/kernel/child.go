@@ -5,7 +5,6 @@ package kernel
 import (
 	"errors"
 	"fmt"
-	"math"
 	"os"
 	"runtime"
 	"sync"
@@ -49,13 +48,10 @@ type page struct {
 	parent uintptr
 	child  uintptr // the child's end of the socket pair
 
-	// request is what the child receives: a byte, and with the first one the
-	// namespaces that it is to enter.
-	request    unix.Msghdr
-	namespaces struct {
-		unix.Cmsghdr
-		user, mount int32
-	}
+	request unix.Msghdr // what the child receives: a byte
+	// user and mount are the child's descriptors of the namespaces that it is to
+	// enter.
+	user, mount int32
 	// answers are what the child sends: a byte, or a byte and the last
 	// result, if that is a file descriptor that the parent asked for.
 	answers [2]unix.Msghdr
@@ -91,7 +87,8 @@ type child struct {
 	pid    int
 	pidfd  int // -1 without new namespaces; otherwise the caller closes it
 	socket int // the parent's end
-	owner  uint32
+	helper bool
+	owner  uint32 // of a helper's target
 	hung   bool
 }
 
@@ -108,75 +105,23 @@ var ErrHelperKilled = errors.New("the helper process was killed")
 // stopped.
 var ErrTargetHangs = errors.New("the target does not answer")
 
-// reserved is how many descriptors a new table has room for at least, which
-// close_range(2) copies whatever it is told (BITS_PER_LONG, fs/file.c).
-const reserved = 64
-
-// ReserveDescriptors takes the free numbers among the first 64 out of use, for
-// good, so that no stranger's file is ever copied into a helper. It comes before
-// the first of them is received.
-func ReserveDescriptors() error {
-	fd, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	for err == nil && fd < reserved {
-		fd, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
-	}
-	if err != nil {
-		return fmt.Errorf("cannot reserve file descriptors: %w", err)
-	}
-	return unix.Close(fd)
-}
-
-// mailbox is the descriptor that a helper finds its socket at, the standard
-// input: a number that is always open, and that no stranger's file can have.
-const mailbox = 0
-
-var mailboxLock sync.Mutex
-
-// newHelper clones a child that will enter namespaces. It shares its parent's
-// file descriptors for a moment and then has none but the standard ones: with
-// a copy of all it would also close, in the end, what strangers have sent to
-// the parent, and that takes as long as the server of a stranger's file system
-// likes (FUSE_FLUSH), whoever the helper works for. The caller ends it
-// with kill, as newChild says.
+// newHelper starts a child that will enter namespaces. It has no file
+// descriptors but the standard ones: with a copy of its parent's it would also
+// close, in the end, what strangers have sent to the parent, and that takes as
+// long as the server of a stranger's file system likes (FUSE_FLUSH), whoever the
+// helper works for. The caller ends it with kill.
 //
 // owner is the uid that owns the user namespace. If too many of its helpers hang
 // already, the answer is ErrTargetHangs.
-func newHelper(n *Namespaces, owner uint32) (_ *child, err error) {
+func newHelper(n *Namespaces, owner uint32) (*child, error) {
 	if !hanging.room(owner) {
 		return nil, ErrTargetHangs
 	}
-	c, end, err := prepare()
+	c, err := mother.bear(n)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("cannot start a helper process: %w", err)
 	}
 	c.owner = owner
-	defer unix.Close(end)
-	mailboxLock.Lock()
-	defer mailboxLock.Unlock()
-	standardInput, err := unix.FcntlInt(mailbox, unix.F_DUPFD_CLOEXEC, 3)
-	if err != nil {
-		c.free()
-		return nil, fmt.Errorf("cannot duplicate the standard input: %w", err)
-	}
-	defer func() {
-		_ = unix.Dup3(standardInput, mailbox, 0)
-		_ = unix.Close(standardInput)
-	}()
-	if err := unix.Dup3(end, mailbox, unix.O_CLOEXEC); err != nil {
-		c.free()
-		return nil, fmt.Errorf("cannot duplicate a socket: %w", err)
-	}
-	if err := c.clone(0); err != nil {
-		return nil, err
-	}
-	// It answers when it has its own descriptors.
-	if err = unix.Sendmsg(c.socket, []byte{0}, unix.UnixRights(n.user, n.mount), nil, unix.MSG_NOSIGNAL); err == nil {
-		_, _, err = c.hear()
-	}
-	if err != nil {
-		c.kill()
-		return nil, fmt.Errorf("cannot start the helper process: %w", err)
-	}
 	return c, nil
 }
 
@@ -187,20 +132,25 @@ func prepare() (*child, int, error) {
 	if err != nil {
 		return nil, -1, fmt.Errorf("cannot map shared memory: %w", err)
 	}
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	c, end, err := equip((*page)(unsafe.Pointer(&memory[0])))
 	if err != nil {
 		_ = unix.Munmap(memory)
+	}
+	return c, end, err
+}
+
+// equip is prepare with memory that is there.
+func equip(p *page) (*child, int, error) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
 		return nil, -1, fmt.Errorf("cannot make a socket pair: %w", err)
 	}
-
-	c := &child{page: (*page)(unsafe.Pointer(&memory[0])), pid: -1, pidfd: -1, socket: pair[0]}
+	c := &child{page: p, pid: -1, pidfd: -1, socket: pair[0]}
 	c.parent = uintptr(os.Getpid())
 	c.vector = unix.Iovec{Base: &c.byte[0]}
 	c.vector.SetLen(1)
 	c.request.Iov = &c.vector
 	c.request.SetIovlen(1)
-	c.request.Control = (*byte)(unsafe.Pointer(&c.namespaces))
-	c.request.SetControllen(unix.CmsgSpace(8))
 	for i := range c.answers {
 		c.answers[i].Iov = &c.vector
 		c.answers[i].SetIovlen(1)
@@ -213,8 +163,8 @@ func prepare() (*child, int, error) {
 	return c, pair[1], nil
 }
 
-// clone clones the child, or frees what was prepared for it. flags are those of
-// a child with namespaces, 0 for a helper. The calling goroutine is locked to
+// clone clones the child, or frees what was prepared for it. flags are
+// those of the namespaces, and CLONE_PARENT. The calling goroutine is locked to
 // its thread until kill, which it calls itself, because the child's parent-death
 // signal follows the thread.
 func (c *child) clone(flags uint64) error {
@@ -235,13 +185,10 @@ type cloneArgs struct {
 	flags, pidfd, childTID, parentTID, exitSignal, stack, stackSize, tls uint64
 }
 
-// clone clones. In the parent it returns the child's pid, and its pidfd if it
-// got namespaces of its own; in the child it doesn't return. Signals stay
-// blocked in the child: a handler would need the runtime that it hasn't got.
-//
-// A child with namespaces will execute a command and take signals then, so its
-// handlers are reset, which only clone3(2) can do. The other one is the
-// broker's, and systemd's RestrictNamespaces= refuses clone3 altogether.
+// clone clones. In the parent it returns the child's pid and pidfd; in the child
+// it doesn't return. Signals stay blocked in the child: a handler would need the
+// runtime that it hasn't got. It will execute a command and take signals then, so
+// its handlers are reset, which only clone3(2) can do.
 //
 //go:norace
 //go:noinline
@@ -255,15 +202,21 @@ func clone(flags uint64, p *page) (pid uintptr, pidfd int32, errno unix.Errno) {
 	if flags&unix.CLONE_PARENT != 0 {
 		args.exitSignal = 0 // it has its parent's (clone(2))
 	}
+	blockSignals(p)
+	pid, errno = cloneRaw(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&args)), unsafe.Sizeof(args), p)
+	unblockSignals(p)
+	return pid, pidfd, errno
+}
+
+//go:norace
+func blockSignals(p *page) {
 	all := ^uint64(0)
 	unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&all)), uintptr(unsafe.Pointer(&p.mask)), unsafe.Sizeof(all), 0, 0)
-	if flags != 0 {
-		pid, errno = cloneRaw(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&args)), unsafe.Sizeof(args), p)
-	} else {
-		pid, errno = cloneRaw(unix.SYS_CLONE, unix.CLONE_FILES, 0, p)
-	}
-	unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&p.mask)), 0, unsafe.Sizeof(all), 0, 0)
-	return pid, pidfd, errno
+}
+
+//go:norace
+func unblockSignals(p *page) {
+	unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&p.mask)), 0, unsafe.Sizeof(p.mask), 0, 0)
 }
 
 //go:norace
@@ -285,12 +238,6 @@ func cloneRaw(number, arg0, arg1 uintptr, p *page) (uintptr, unix.Errno) {
 //go:noinline
 //go:nosplit
 func childLoop(p *page) {
-	if p.child == mailbox {
-		_, _, errno := unix.RawSyscall(unix.SYS_CLOSE_RANGE, 3, math.MaxUint32, unix.CLOSE_RANGE_UNSHARE)
-		if errno != 0 {
-			exit()
-		}
-	}
 	for {
 		n, _, errno := unix.RawSyscall(unix.SYS_RECVMSG, p.child, uintptr(unsafe.Pointer(&p.request)), 0)
 		if errno == unix.EINTR {
@@ -419,7 +366,6 @@ func (c *child) post(send bool, calls ...call) error {
 // the target's owner.
 func (c *child) kill() {
 	_ = unix.Kill(c.pid, unix.SIGKILL)
-	runtime.UnlockOSThread()
 	if c.hung {
 		hanging.add(c.owner, 1)
 	}
@@ -432,13 +378,16 @@ func (c *child) kill() {
 }
 
 func (c *child) reap() {
+	wait(c.pid)
+	c.free()
+}
+
+func wait(pid int) {
 	for {
-		_, err := unix.Wait4(c.pid, nil, unix.WALL, nil)
-		if err != unix.EINTR {
-			break
+		if _, err := unix.Wait4(pid, nil, unix.WALL, nil); err != unix.EINTR {
+			return
 		}
 	}
-	c.free()
 }
 
 // maxHanging is how many helpers may hang in the namespaces of one owner, each
@@ -469,5 +418,9 @@ func (h *hangCount) add(owner uint32, n int) {
 
 func (c *child) free() {
 	_ = unix.Close(c.socket)
+	if c.helper {
+		mother.takeBack(c.page)
+		return
+	}
 	_ = unix.Munmap(unsafe.Slice((*byte)(unsafe.Pointer(c.page)), unsafe.Sizeof(page{})))
 }

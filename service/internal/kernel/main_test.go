@@ -11,9 +11,10 @@ import (
 // ops are what this package's tests tell their processes to do.
 var ops = map[string]testtarget.Op{}
 
+func startHelpers() error {
+	return StartHelpers(func() { panic("no helpers any more") })
+}
+
 func TestMain(m *testing.M) {
-	if err := ReserveDescriptors(); err != nil {
-		panic(err)
-	}
-	testtarget.Main(m, ops)
+	testtarget.Main(m, ops, startHelpers)
 }

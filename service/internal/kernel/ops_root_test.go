@@ -29,6 +29,7 @@ func init() {
 	ops["shoot"] = shoot
 	ops["cease"] = cease
 	ops["broker"] = delegateForever
+	ops["orphan"] = orphan
 }
 
 // bpfResults are what calls answer, by a name.
@@ -238,9 +239,51 @@ func cease([]string, []*os.File) (string, []*os.File, error) {
 	return strconv.Itoa(<-*shooting.Load()), nil, nil
 }
 
+// orphan is what becomes of a broker without the process that helpers are copies
+// of: it says so, and can't delegate anything.
+func orphan(_ []string, files []*os.File) (string, []*os.File, error) {
+	died := make(chan struct{})
+	if err := StartHelpers(func() { close(died) }); err != nil {
+		return "", nil, err
+	}
+	fd, err := unix.FcntlInt(files[0].Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return "", nil, err
+	}
+	p, err := NewProcess(os.NewFile(uintptr(fd), "pidfd"))
+	if err != nil {
+		return "", nil, err
+	}
+	n, err := p.Namespaces()
+	if err != nil {
+		return "", nil, err
+	}
+	f, err := Delegate(n, someRights, testtarget.Alice)
+	if err != nil {
+		return "", nil, err
+	}
+	if err := unix.Kill(mother.c.pid, unix.SIGKILL); err != nil {
+		return "", nil, err
+	}
+	<-died
+	if _, err := Delegate(n, someRights, testtarget.Alice); err == nil {
+		return "delegated", nil, nil
+	}
+	// A helper that is there goes on.
+	defer f.Close()
+	file, err := f.Take()
+	if err != nil {
+		return "", nil, err
+	}
+	return "", nil, file.Close()
+}
+
 // delegateForever makes file systems in the target of a pidfd and unmounts
 // them, as a broker does, until it is killed.
 func delegateForever(_ []string, files []*os.File) (string, []*os.File, error) {
+	if err := startHelpers(); err != nil {
+		return "", nil, err
+	}
 	fd, err := unix.FcntlInt(files[0].Fd(), unix.F_DUPFD_CLOEXEC, 3)
 	if err != nil {
 		return "", nil, err

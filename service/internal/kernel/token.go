@@ -61,8 +61,7 @@ const bpfTokenCreate = 36 // enum bpf_cmd, Linux 6.9
 //
 // Before that a token is made of it in the target, and what the token allows
 // is compared with d: ErrTokenMismatch. Needs CAP_SYS_ADMIN, CAP_SETUID and
-// CAP_SETGID in the initial user namespace. The caller closes the file system,
-// from the same goroutine.
+// CAP_SETGID in the initial user namespace. The caller closes the file system.
 func Delegate(n *Namespaces, d Delegation, owner uint32) (_ *Filesystem, err error) {
 	c, err := newHelper(n, owner)
 	if err != nil {
@@ -180,10 +179,10 @@ func (c *child) enter(owner uint32) []call {
 		{number: unix.SYS_SETRESGID, args: [6]uintptr{nobody, nobody, nobody}},
 		{number: unix.SYS_SETRESUID, args: [6]uintptr{uid, uid, uid}},
 		undumpable,
-		{number: unix.SYS_SETNS, args: [6]uintptr{uintptr(c.namespaces.user), unix.CLONE_NEWUSER}},
+		{number: unix.SYS_SETNS, args: [6]uintptr{uintptr(c.user), unix.CLONE_NEWUSER}},
 		undumpable,
 		{number: unix.SYS_PRCTL, args: [6]uintptr{unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL)}},
-		{number: unix.SYS_SETNS, args: [6]uintptr{uintptr(c.namespaces.mount), unix.CLONE_NEWNS}},
+		{number: unix.SYS_SETNS, args: [6]uintptr{uintptr(c.mount), unix.CLONE_NEWNS}},
 	}
 }
 

@@ -12,7 +12,7 @@ import (
 	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
 )
 
-func TestMain(m *testing.M) { testtarget.Main(m, nil) }
+func TestMain(m *testing.M) { testtarget.Main(m, nil, nil) }
 
 func TestParseUnit(t *testing.T) {
 	t.Parallel()

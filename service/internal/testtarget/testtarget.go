@@ -85,12 +85,17 @@ func init() {
 }
 
 // Main runs the tests, and fails them if they leak descriptors or processes;
-// or, in a process that a test has started, does what that says. It doesn't
-// return.
-func Main(m *testing.M, ops map[string]Op) {
+// or, in a process that a test has started, does what that says. prepare, which
+// may be nil, comes before the tests. It doesn't return.
+func Main(m *testing.M, ops map[string]Op, prepare func() error) {
 	if os.Getenv(socketEnv) != "" {
 		serve(ops)
 		os.Exit(0)
+	}
+	if prepare != nil {
+		if err := prepare(); err != nil {
+			panic(err)
+		}
 	}
 	warmUp()
 	// A small machine may lack the place where targets have their own files.
