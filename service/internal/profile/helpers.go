@@ -2,7 +2,10 @@
 
 package profile
 
-import "strings"
+import (
+	"slices"
+	"strings"
+)
 
 // helpers are named as in enum bpf_func_id; the helper with id N is at N-1.
 // The kernel takes no new ones since 6.2: what is added since are kfuncs.
@@ -45,3 +48,7 @@ var helpers = strings.Fields(`
 	tcp_raw_gen_syncookie_ipv6 tcp_raw_check_syncookie_ipv4 tcp_raw_check_syncookie_ipv6
 	ktime_get_tai_ns user_ringbuf_drain cgrp_storage_get cgrp_storage_delete
 `)
+
+// HelperNames are all helpers, as [Guard] Helpers= names them: the one with
+// the kernel's number N is at N-1.
+func HelperNames() []string { return slices.Clone(helpers) }

@@ -234,6 +234,18 @@ func (p *Profile) programTier(bit int, guarded bool) Tier {
 	return held
 }
 
+// Targets says for which kinds of targets, of those that [Attach] names, the
+// profile delegates programs.
+func (p *Profile) Targets() (hasInterfaces, hasCgroups, hasProcesses bool) {
+	var has [processes + 1]bool
+	for bit, t := range programTypes {
+		if p.Programs.Has(bit) {
+			has[t.target] = true
+		}
+	}
+	return has[interfaces], has[cgroups], has[processes]
+}
+
 func (p *Profile) reach(t target) Reach {
 	switch t {
 	case interfaces:

@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package bpf holds the guard's BPF programs, as service/internal/guard loads
+// them. What is generated is committed: only who changes the C needs clang.
+package bpf
+
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -no-global-types -type grant -type usage -type event -target bpfel Guard guard.bpf.c -- -O2 -mcpu=v3 -Wall -Werror -Wno-unused-function
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+)
+
+// Version tells this guard's programs from those of another build.
+func Version() string {
+	sum := sha256.Sum256(_GuardBytes)
+	return hex.EncodeToString(sum[:8])
+}

@@ -1,0 +1,1137 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+
+//go:build ignore
+
+// The guard: LSM programs that hold a grant to its profile. One object serves
+// Linux 6.12 and later.
+//
+// What is refused is decided from what the kernel itself holds (a token, a
+// program, a link), never from a descriptor's number, which another thread can
+// swap. Only LINK_UPDATE, PROG_ATTACH, PROG_DETACH and PROG_TEST_RUN give no
+// such thing to a hook: these are refused by who calls.
+
+#include "kernel.h"
+
+char guard_license[] SEC("license") = "Dual BSD/GPL";
+
+// The kinds of targets of [Attach], and how far it lets a grant reach.
+enum { INTERFACES, CGROUPS, PROCESSES, KINDS };
+enum { REACH_NONE, REACH_OWN, REACH_ANY };
+enum { LIVE = 1, REVOKED };
+enum { KFUNCS_ANY, KFUNCS_LISTED, KFUNCS_NOT_LISTED, MAX_KFUNCS = 128 };
+
+// Reasons of an event.
+enum reason {
+	LOADED = 1,	 // a program was loaded; no denial
+	LEASE,		 // the grant was revoked, or its lease has ended
+	NAMESPACE,	 // a token was used outside of its user namespace
+	CAPABILITY,	 // detail: the capability; said once for a grant
+	HELPER,		 // detail: its number
+	KFUNC,		 // detail: its BTF id
+	MODULE_KFUNC,	 // detail: its BTF id in a module
+	QUOTA_PROGRAMS,
+	QUOTA_MAPS,
+	QUOTA_MAP_BYTES,
+	QUOTA_TOKENS,
+	MAP_TYPE,	 // detail: a map type that is an attachment
+	LINK,		 // detail: the link's type
+	COMMAND,	 // detail: a bpf command
+	PERF_EVENT,	 // a program for a perf event
+	DESCRIPTOR,	 // a program's descriptor on its way out of the namespace
+};
+
+// Limits of one grant, written by the daemon.
+struct grant {
+	u64 deadline; // boot time, ns; 0 is none
+	u64 capabilities;
+	u64 helpers[4];
+	u64 max_map_bytes;
+	u64 kinds; // bit per kind: the profile delegates programs for such targets
+	u32 max_programs, max_maps;
+	u32 owner; // the uid that owns the user namespace
+	struct bpf_spin_lock lock;
+	u8 state;
+	u8 check_helpers;
+	u8 check_kfuncs;
+	u8 kfunc_count;
+	u8 reach[KINDS];
+	u8 unused;
+	u32 kfuncs[MAX_KFUNCS];
+};
+
+// What a grant, or all grants of a uid together, have now.
+struct usage {
+	u64 map_bytes;
+	u64 second; // of the events
+	u32 programs, maps, tokens;
+	u32 events;
+	u32 lost;   // events that weren't sent
+	u32 denied; // capabilities whose denial was said
+};
+
+struct token {
+	u64 grant;
+	u64 namespace;
+	u32 owner;
+	u32 confined; // bit per kind
+};
+
+struct object {
+	u64 grant;
+	u64 bytes;     // of a map
+	u64 namespace; // of a program, else 0
+	u32 owner;
+	u32 reported;
+};
+
+struct event {
+	u64 time; // boot time, ns
+	u64 grant; // 0: the caller's, whichever it was
+	u64 detail;
+	u32 reason;
+	u32 pid, uid;
+	u32 owner;
+	u32 program_type, attach_type, instructions;
+	char comm[16];
+	char name[16];
+	u8 tag[8];
+	u32 unused;
+};
+
+// For bpf2go.
+struct event *unused_event __attribute__((unused));
+
+// What all grants of a uid may have together.
+const volatile u32 user_programs = 8192;
+const volatile u32 user_maps = 32768;
+const volatile u32 user_tokens = 16384;
+const volatile u64 user_map_bytes = 4ULL << 30;
+const volatile u32 grant_tokens = 4096;
+const volatile u32 user_events = 100; // in a second
+const volatile u32 cpus = 1;
+
+// By the grant's number.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1 << 16);
+	__type(key, u64);
+	__type(value, struct grant);
+} grants SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1 << 16);
+	__type(key, u64);
+	__type(value, struct usage);
+} usages SEC(".maps");
+
+// By uid.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1 << 16);
+	__type(key, u32);
+	__type(value, struct usage);
+} users SEC(".maps");
+
+// By the kernel's pointer.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1 << 20);
+	__type(key, u64);
+	__type(value, struct token);
+} tokens SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1 << 20);
+	__type(key, u64);
+	__type(value, struct object);
+} objects SEC(".maps");
+
+// The grant of a BPF file system, at its root directory. It goes with the
+// inode, so no number can be taken for an older one.
+struct {
+	__uint(type, BPF_MAP_TYPE_INODE_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, u32);
+	__type(value, u64);
+} roots SEC(".maps");
+
+// How many tokens confine a user namespace or a uid, by kind and hash. There
+// is nothing to be removed, so nothing to race for; two hashes that both
+// collide confine a stranger, in what confined() is asked for.
+#define SLOTS (1 << 16)
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, KINDS * SLOTS);
+	__type(key, u32);
+	__type(value, u32);
+} confinements SEC(".maps");
+
+// Ids of maps that nobody but the host's administrator may write.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1 << 16);
+	__type(key, u32);
+	__type(value, u32);
+} protected SEC(".maps");
+
+// What a task that makes a link has to do with it.
+enum { UNSEEN = 1, REFUSED };
+struct {
+	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, u32);
+	__type(value, u32);
+} linking SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 20);
+} events SEC(".maps");
+
+// Opening this map by its id shows whether the guard's hooks are called.
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, u64);
+} canary SEC(".maps");
+
+const volatile u32 canary_id;
+
+static always_inline struct cred *credentials(void)
+{
+	return bpf_get_current_task_btf()->cred;
+}
+
+// privileged says whether the caller could have loaded and attached programs on
+// the host without any grant.
+static always_inline bool privileged(void)
+{
+	struct cred *cred = credentials();
+	const u64 any = 1ULL << 12 | 1ULL << 21 | 1ULL << 38 | 1ULL << 39; // NET_ADMIN, SYS_ADMIN, PERFMON, BPF
+
+	return cred->user_ns->level == 0 && cred->cap_effective.val & any;
+}
+
+#define MAX_DEPTH 33 // of user namespaces (kernel/user_namespace.c)
+
+// within says whether a user namespace is another one or below it.
+static always_inline bool within(struct user_namespace *ns, u64 top)
+{
+	for (int i = 0; i < MAX_DEPTH && ns; i++) {
+		if ((u64)ns == top)
+			return true;
+		ns = READ(ns, parent);
+	}
+	return false;
+}
+
+static always_inline struct event *new_event(u64 grant, u32 owner, u32 reason, u64 detail)
+{
+	struct usage *user = bpf_map_lookup_elem(&users, &owner);
+	u64 now = bpf_ktime_get_boot_ns();
+	struct event *e;
+
+	// Nobody's events may drown another's.
+	if (!user)
+		return 0;
+	if (user->second != now >> 30) {
+		user->second = now >> 30;
+		user->events = 0;
+	}
+	if (__sync_fetch_and_add(&user->events, 1) >= user_events ||
+	    !(e = bpf_ringbuf_reserve(&events, sizeof(*e), 0))) {
+		__sync_fetch_and_add(&user->lost, 1);
+		return 0;
+	}
+	__builtin_memset(e, 0, sizeof(*e));
+	e->time = now;
+	e->grant = grant;
+	e->owner = owner;
+	e->reason = reason;
+	e->detail = detail;
+	e->pid = bpf_get_current_pid_tgid() >> 32;
+	e->uid = credentials()->uid.val;
+	bpf_get_current_comm(e->comm, sizeof(e->comm));
+	return e;
+}
+
+static always_inline void describe(struct event *e, struct bpf_prog *prog)
+{
+	e->program_type = prog->type;
+	e->attach_type = prog->expected_attach_type;
+	e->instructions = prog->len;
+	bpf_probe_read_kernel(e->tag, sizeof(e->tag), prog->tag);
+	bpf_probe_read_kernel(e->name, sizeof(e->name), prog->aux->name);
+}
+
+// refuse says why something is refused, and gives the error for it.
+static __attribute__((noinline)) int refuse(u64 grant, u32 owner, u32 reason, u64 detail)
+{
+	struct event *e = new_event(grant, owner, reason, detail);
+
+	if (e)
+		bpf_ringbuf_submit(e, 0);
+	return -EPERM;
+}
+
+static always_inline int refuse_program(u64 grant, u32 owner, u32 reason, u64 detail, struct bpf_prog *prog)
+{
+	struct event *e = new_event(grant, owner, reason, detail);
+
+	if (e) {
+		describe(e, prog);
+		bpf_ringbuf_submit(e, 0);
+	}
+	return -EPERM;
+}
+
+static always_inline bool live(struct grant *g)
+{
+	return g->state == LIVE && (!g->deadline || bpf_ktime_get_boot_ns() < g->deadline);
+}
+
+// token_of returns what is known of a token, or null if it isn't the broker's.
+static always_inline struct token *token_of(struct bpf_token *token)
+{
+	u64 key = (u64)token;
+
+	return token ? bpf_map_lookup_elem(&tokens, &key) : 0;
+}
+
+// Tokens, namespaces and users that are confined.
+
+static always_inline u32 *slot(u64 key, u32 kind, u64 factor)
+{
+	u32 index = kind * SLOTS + (key * factor >> 48);
+
+	return bpf_map_lookup_elem(&confinements, &index);
+}
+
+#define FIRST 0x9e3779b97f4a7c15ULL
+#define SECOND 0xc2b2ae3d27d4eb4fULL
+
+static always_inline void count_slot(u64 key, u32 kind, u64 factor, u32 change)
+{
+	u32 *n = slot(key, kind, factor);
+
+	if (n)
+		__sync_fetch_and_add(n, change);
+}
+
+static always_inline void count_confinement(const struct token *t, u32 change)
+{
+	for (u32 kind = 0; kind < KINDS; kind++) {
+		if (!(t->confined & 1 << kind))
+			continue;
+		count_slot(t->namespace, kind, FIRST, change);
+		count_slot(t->namespace, kind, SECOND, change);
+		count_slot(t->owner, kind, FIRST, change);
+		count_slot(t->owner, kind, SECOND, change);
+	}
+}
+
+static always_inline bool is_confined(u64 key, u32 kind)
+{
+	u32 *first = slot(key, kind, FIRST), *second = slot(key, kind, SECOND);
+
+	return first && second && *first && *second;
+}
+
+// confined says whether the caller is in a granted user namespace, or is the
+// user that owns one, and must not reach targets of the kind; owner is that
+// user then. Root's other containers aren't its grants' business.
+static __attribute__((noinline)) bool confined(u32 kind, u32 *owner)
+{
+	struct cred *cred = credentials();
+	// The verifier lets nobody calculate with a pointer that it knows.
+	struct user_namespace *ns = READ(cred, user_ns);
+	u32 uid;
+
+	if (!owner || privileged())
+		return false;
+	for (int i = 0; i < MAX_DEPTH && ns; i++) {
+		*owner = READ(ns, owner.val);
+		if (is_confined((u64)ns, kind) || (*owner && is_confined(*owner, kind)))
+			return true;
+		ns = READ(ns, parent);
+	}
+	uid = *owner = cred->uid.val;
+	if (uid && is_confined(uid, kind))
+		return true;
+	uid = *owner = cred->euid.val;
+	return uid && is_confined(uid, kind);
+}
+
+// in_own_network says whether the caller's network namespace belongs to its
+// user namespace, which isn't the host's.
+static always_inline bool in_own_network(void)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct user_namespace *own = task->cred->user_ns;
+
+	return own->level && within(task->nsproxy->net_ns->user_ns, (u64)own);
+}
+
+// Quotas.
+
+static always_inline bool take(u32 *count, u32 max)
+{
+	if (__sync_fetch_and_add(count, 1) < max || !max)
+		return true;
+	__sync_fetch_and_add(count, -1);
+	return false;
+}
+
+static always_inline void give_back(u32 *count)
+{
+	__sync_fetch_and_add(count, -1);
+}
+
+static always_inline bool take_bytes(u64 *count, u64 bytes, u64 max)
+{
+	if (!max) {
+		__sync_fetch_and_add(count, bytes);
+		return true;
+	}
+	// The sum of what is asked for at once must not overflow.
+	if (bytes > max)
+		return false;
+	if (__sync_fetch_and_add(count, bytes) + bytes <= max)
+		return true;
+	__sync_fetch_and_add(count, -bytes);
+	return false;
+}
+
+// Tokens.
+
+SEC("lsm/bpf_token_create")
+int token_create(u64 *ctx)
+{
+	struct bpf_token *token = (void *)ctx[0];
+	struct path *path = (void *)ctx[2];
+	struct inode *root = path->dentry->d_inode;
+	u64 key = (u64)token, *id;
+	struct usage *used, *user;
+	struct token t = {};
+	struct grant *g;
+
+	id = root ? bpf_inode_storage_get(&roots, root, 0, 0) : 0;
+	if (!id)
+		return 0;
+	t.grant = *id;
+	t.namespace = (u64)READ(token, userns);
+	t.owner = token->userns->owner.val;
+	g = bpf_map_lookup_elem(&grants, &t.grant);
+	if (!g || !live(g))
+		return refuse(t.grant, t.owner, LEASE, 0);
+	for (u32 kind = 0; kind < KINDS; kind++)
+		if (g->kinds & 1 << kind && g->reach[kind] != REACH_ANY)
+			t.confined |= 1 << kind;
+	used = bpf_map_lookup_elem(&usages, &t.grant);
+	user = bpf_map_lookup_elem(&users, &t.owner);
+	if (!used || !user)
+		return -EPERM;
+	// While an older guard is replaced, it counts what comes first to it.
+	if (bpf_map_lookup_elem(&tokens, &key))
+		return 0;
+	if (!take(&used->tokens, grant_tokens))
+		return refuse(t.grant, t.owner, QUOTA_TOKENS, 0);
+	if (!take(&user->tokens, user_tokens)) {
+		give_back(&used->tokens);
+		return refuse(t.grant, t.owner, QUOTA_TOKENS, 0);
+	}
+	if (bpf_map_update_elem(&tokens, &key, &t, BPF_NOEXIST)) {
+		give_back(&used->tokens);
+		give_back(&user->tokens);
+		return -ENOMEM;
+	}
+	count_confinement(&t, 1);
+	return 0;
+}
+
+SEC("lsm/bpf_token_free")
+int token_free(u64 *ctx)
+{
+	u64 key = ctx[0];
+	struct token *found = bpf_map_lookup_elem(&tokens, &key), t;
+	struct usage *used, *user;
+
+	if (!found)
+		return 0;
+	t = *found;
+	if (bpf_map_delete_elem(&tokens, &key))
+		return 0;
+	count_confinement(&t, -1);
+	used = bpf_map_lookup_elem(&usages, &t.grant);
+	if (used)
+		give_back(&used->tokens);
+	user = bpf_map_lookup_elem(&users, &t.owner);
+	if (user)
+		give_back(&user->tokens);
+	return 0;
+}
+
+// The kernel lets whoever owns the user namespace use a token from outside,
+// where programs would be attached to what isn't the namespace's.
+SEC("lsm/bpf_token_cmd")
+int token_cmd(u64 *ctx)
+{
+	struct bpf_token *token = (void *)ctx[0];
+	struct token *t = token_of(token);
+	struct grant *g;
+
+	if (!t)
+		return 0;
+	if ((u64)credentials()->user_ns != t->namespace)
+		return refuse(t->grant, t->owner, NAMESPACE, (u32)ctx[1]);
+	g = bpf_map_lookup_elem(&grants, &t->grant);
+	if (!g || !live(g))
+		return refuse(t->grant, t->owner, LEASE, (u32)ctx[1]);
+	return 0;
+}
+
+SEC("lsm/bpf_token_capable")
+int token_capable(u64 *ctx)
+{
+	struct bpf_token *token = (void *)ctx[0];
+	u32 capability = ctx[1];
+	struct token *t = token_of(token);
+	struct usage *used;
+	struct grant *g;
+	u32 bit;
+
+	if (!t)
+		return 0;
+	g = bpf_map_lookup_elem(&grants, &t->grant);
+	if (g && capability < 64 && g->capabilities & 1ULL << capability)
+		return 0;
+	// The verifier asks for some at each load, to know what it may allow.
+	used = bpf_map_lookup_elem(&usages, &t->grant);
+	bit = 1 << (capability & 31);
+	if (!used || used->denied & bit)
+		return -EPERM;
+	used->denied |= bit;
+	return refuse(t->grant, t->owner, CAPABILITY, capability);
+}
+
+// Programs.
+
+#define CHUNK 32
+
+struct scan {
+	u64 grant;
+	u64 *instructions;
+	u32 len;
+	u32 reason;
+	u32 detail;
+};
+
+// check_call returns the reason to refuse a call, or 0: a helper's or a kfunc's,
+// by the instruction's registers and offset. It is a global function, which
+// the verifier looks at once and not at each call.
+__attribute__((noinline)) int check_call(u64 grant, u64 instruction)
+{
+	struct grant *g = bpf_map_lookup_elem(&grants, &grant);
+	u32 source = instruction >> 12 & 0xf;
+	u32 id = instruction >> 32;
+	bool listed = false;
+
+	if (!g)
+		return LEASE;
+	if (source == 0) {
+		if (!g->check_helpers || (id < 256 && g->helpers[id >> 6 & 3] & 1ULL << (id & 63)))
+			return 0;
+		return HELPER;
+	}
+	if (source != 2 || g->check_kfuncs == KFUNCS_ANY)
+		return 0;
+	// A module's ids are known to nobody when the profile is read.
+	if (instruction >> 16 & 0xffff)
+		return MODULE_KFUNC;
+	for (u32 i = 0; i < MAX_KFUNCS && i < g->kfunc_count; i++) {
+		if (g->kfuncs[i] == id) {
+			listed = true;
+			break;
+		}
+	}
+	return listed == (g->check_kfuncs == KFUNCS_LISTED) ? 0 : KFUNC;
+}
+
+static int check_chunk(u32 index, struct scan *s)
+{
+	u64 chunk[CHUNK] = {};
+	u32 start = index * CHUNK, left = s->len - start;
+
+	if (left > CHUNK)
+		left = CHUNK;
+	if (bpf_probe_read_kernel(chunk, left * sizeof(u64), s->instructions + start)) {
+		s->reason = HELPER;
+		return 1;
+	}
+	for (u32 i = 0; i < CHUNK; i++) {
+		u32 reason;
+
+		if ((chunk[i] & 0xff) != 0x85) // no call
+			continue;
+		reason = check_call(s->grant, chunk[i]);
+		if (reason) {
+			s->reason = reason;
+			s->detail = chunk[i] >> 32;
+			return 1;
+		}
+	}
+	return 0;
+}
+
+SEC("lsm/bpf_prog_load")
+int prog_load(u64 *ctx)
+{
+	struct bpf_prog *prog = (void *)ctx[0];
+	struct token *t = token_of(prog->aux->token);
+	struct object o = {};
+	u64 key = (u64)prog;
+	struct usage *used, *user;
+	struct grant *g;
+
+	if (!t)
+		return 0;
+	g = bpf_map_lookup_elem(&grants, &t->grant);
+	if (!g || !live(g))
+		return refuse(t->grant, t->owner, LEASE, 0);
+	if (g->check_helpers || g->check_kfuncs) {
+		struct scan s = {.grant = t->grant, .instructions = (u64 *)prog->insnsi, .len = prog->len};
+
+		if (bpf_loop((prog->len + CHUNK - 1) / CHUNK, check_chunk, &s, 0) < 0)
+			return -EPERM;
+		if (s.reason)
+			return refuse_program(t->grant, t->owner, s.reason, s.detail, prog);
+	}
+	used = bpf_map_lookup_elem(&usages, &t->grant);
+	user = bpf_map_lookup_elem(&users, &t->owner);
+	if (!used || !user)
+		return -EPERM;
+	if (bpf_map_lookup_elem(&objects, &key))
+		return 0;
+	o.grant = t->grant;
+	o.namespace = t->namespace;
+	o.owner = t->owner;
+	if (!take(&used->programs, g->max_programs))
+		return refuse_program(t->grant, t->owner, QUOTA_PROGRAMS, g->max_programs, prog);
+	if (!take(&user->programs, user_programs)) {
+		give_back(&used->programs);
+		return refuse_program(t->grant, t->owner, QUOTA_PROGRAMS, user_programs, prog);
+	}
+	if (bpf_map_update_elem(&objects, &key, &o, BPF_NOEXIST)) {
+		give_back(&used->programs);
+		give_back(&user->programs);
+		return -ENOMEM;
+	}
+	return 0;
+}
+
+static always_inline void forget(u64 key)
+{
+	struct object *found = bpf_map_lookup_elem(&objects, &key), o;
+	struct usage *used, *user;
+
+	if (!found)
+		return;
+	o = *found;
+	if (bpf_map_delete_elem(&objects, &key))
+		return;
+	used = bpf_map_lookup_elem(&usages, &o.grant);
+	user = bpf_map_lookup_elem(&users, &o.owner);
+	if (used) {
+		give_back(o.namespace ? &used->programs : &used->maps);
+		__sync_fetch_and_add(&used->map_bytes, -o.bytes);
+	}
+	if (user) {
+		give_back(o.namespace ? &user->programs : &user->maps);
+		__sync_fetch_and_add(&user->map_bytes, -o.bytes);
+	}
+}
+
+SEC("lsm/bpf_prog_free")
+int prog_free(u64 *ctx)
+{
+	forget(ctx[0]);
+	return 0;
+}
+
+// may_hold says whether the caller may get hold of a grant's program: there
+// are ways to attach one that no hook can judge by the program.
+static always_inline bool may_hold(struct object *o)
+{
+	return (u64)credentials()->user_ns == o->namespace || privileged() ||
+	       within(credentials()->user_ns, o->namespace);
+}
+
+// A new descriptor, of a program that was loaded, pinned or found by its id.
+SEC("lsm/bpf_prog")
+int prog_descriptor(u64 *ctx)
+{
+	struct bpf_prog *prog = (void *)ctx[0];
+	u64 key = (u64)prog;
+	struct object *o;
+	struct event *e;
+
+	if (!prog->aux->token)
+		return 0;
+	o = bpf_map_lookup_elem(&objects, &key);
+	if (!o)
+		return 0;
+	if (!may_hold(o))
+		return refuse_program(o->grant, o->owner, DESCRIPTOR, 0, prog);
+	if (!o->reported) {
+		o->reported = 1;
+		e = new_event(o->grant, o->owner, LOADED, 0);
+		if (e) {
+			describe(e, prog);
+			bpf_ringbuf_submit(e, 0);
+		}
+	}
+	return 0;
+}
+
+SEC("lsm/file_receive")
+int file_receive(u64 *ctx)
+{
+	struct file *file = (void *)ctx[0];
+	u64 key = (u64)file->private_data;
+	struct object *o;
+
+	o = key ? bpf_map_lookup_elem(&objects, &key) : 0;
+	if (!o || !o->namespace || may_hold(o))
+		return 0;
+	return refuse(o->grant, o->owner, DESCRIPTOR, 0);
+}
+
+// Maps.
+
+enum {
+	MAP_ARRAY = 2,
+	MAP_PERCPU_HASH = 5,
+	MAP_PERCPU_ARRAY = 6,
+	MAP_LRU_PERCPU_HASH = 10,
+	MAP_PERCPU_CGROUP_STORAGE = 21,
+	MAP_STRUCT_OPS = 26,
+	MAP_RINGBUF = 27,
+	MAP_BLOOM_FILTER = 30,
+	MAP_USER_RINGBUF = 31,
+	MAP_ARENA = 33,
+};
+
+// map_bytes is about what a map takes when it is full. What the local storage
+// of sockets, tasks, inodes and cgroups takes shows nowhere.
+static always_inline u64 map_bytes(struct bpf_map *map)
+{
+	u64 entries = map->max_entries, key = (map->key_size + 7) & ~7ULL, value = (map->value_size + 7) & ~7ULL;
+
+	switch ((u32)map->map_type) {
+	case MAP_RINGBUF:
+	case MAP_USER_RINGBUF:
+		return entries;
+	case MAP_ARENA:
+		return entries << 12;
+	case MAP_BLOOM_FILTER:
+		return entries * 4;
+	case MAP_ARRAY:
+		return entries * value;
+	case MAP_PERCPU_ARRAY:
+		return entries * value * cpus;
+	case MAP_PERCPU_HASH:
+	case MAP_LRU_PERCPU_HASH:
+	case MAP_PERCPU_CGROUP_STORAGE:
+		value *= cpus;
+	}
+	return entries * (key + value + 64);
+}
+
+SEC("lsm/bpf_map_create")
+int map_create(u64 *ctx)
+{
+	struct bpf_map *map = (void *)ctx[0];
+	struct bpf_token *token = (void *)ctx[2];
+	struct token *t = token_of(token);
+	struct object o = {};
+	u64 key = (u64)map;
+	struct usage *used, *user;
+	struct grant *g;
+
+	if (!t)
+		return 0;
+	g = bpf_map_lookup_elem(&grants, &t->grant);
+	if (!g || !live(g))
+		return refuse(t->grant, t->owner, LEASE, 0);
+	// An update of its only element attaches it.
+	if (map->map_type == MAP_STRUCT_OPS && g->reach[PROCESSES] != REACH_ANY)
+		return refuse(t->grant, t->owner, MAP_TYPE, MAP_STRUCT_OPS);
+	used = bpf_map_lookup_elem(&usages, &t->grant);
+	user = bpf_map_lookup_elem(&users, &t->owner);
+	if (!used || !user)
+		return -EPERM;
+	if (bpf_map_lookup_elem(&objects, &key))
+		return 0;
+	o.grant = t->grant;
+	o.owner = t->owner;
+	o.bytes = map_bytes(map);
+	if (!take(&used->maps, g->max_maps))
+		return refuse(t->grant, t->owner, QUOTA_MAPS, g->max_maps);
+	if (!take(&user->maps, user_maps)) {
+		refuse(t->grant, t->owner, QUOTA_MAPS, user_maps);
+		goto no_map;
+	}
+	if (!take_bytes(&used->map_bytes, o.bytes, g->max_map_bytes)) {
+		refuse(t->grant, t->owner, QUOTA_MAP_BYTES, g->max_map_bytes);
+		goto no_bytes;
+	}
+	if (!take_bytes(&user->map_bytes, o.bytes, user_map_bytes)) {
+		refuse(t->grant, t->owner, QUOTA_MAP_BYTES, user_map_bytes);
+		goto no_user_bytes;
+	}
+	if (!bpf_map_update_elem(&objects, &key, &o, BPF_NOEXIST))
+		return 0;
+	__sync_fetch_and_add(&user->map_bytes, -o.bytes);
+no_user_bytes:
+	__sync_fetch_and_add(&used->map_bytes, -o.bytes);
+no_bytes:
+	give_back(&user->maps);
+no_map:
+	give_back(&used->maps);
+	return -EPERM;
+}
+
+SEC("lsm/bpf_map_free")
+int map_free(u64 *ctx)
+{
+	forget(ctx[0]);
+	return 0;
+}
+
+#define FMODE_WRITE 2
+
+// A new descriptor of a map. Whoever holds one for reading could pin it, and
+// open it again for writing. Root of the host stays the master of its maps, as
+// it is of the guard.
+SEC("lsm/bpf_map")
+int map_descriptor(u64 *ctx)
+{
+	struct bpf_map *map = (void *)ctx[0];
+	u32 id = map->id, zero = 0;
+	struct cred *cred;
+	u64 *seen;
+
+	if (id == canary_id) {
+		seen = bpf_map_lookup_elem(&canary, &zero);
+		if (seen)
+			__sync_fetch_and_add(seen, 1);
+	}
+	if (!(ctx[1] & FMODE_WRITE) || !bpf_map_lookup_elem(&protected, &id))
+		return 0;
+	cred = credentials();
+	if (cred->user_ns->level == 0 && cred->cap_effective.val & 1ULL << 21)
+		return 0;
+	return -EPERM;
+}
+
+// Links.
+
+enum link_type {
+	LINK_CGROUP = 3,
+	LINK_NETNS = 5,
+	LINK_XDP = 6,
+	LINK_PERF_EVENT = 7,
+	LINK_NETFILTER = 10,
+	LINK_TCX = 11,
+	LINK_UPROBE_MULTI = 12,
+	LINK_NETKIT = 13,
+	LINK_SOCKMAP = 14,
+};
+
+enum {
+	PROG_PERF_EVENT = 7,
+	PROG_LSM = 29,
+};
+
+// owns_cgroup says whether the user was given the cgroup, or one above it: to
+// whom a directory belongs, there or above, may make cgroups below it.
+static always_inline bool owns_cgroup(struct cgroup *cgroup, u32 owner)
+{
+	for (int i = 0; i < 64 && cgroup; i++) {
+		struct kernfs_node *node = READ(cgroup, kn);
+		struct kernfs_iattrs *attributes = READ(node, iattr);
+		struct cgroup_subsys_state *parent = READ(cgroup, self.parent);
+
+		if ((attributes ? READ(attributes, ia_uid.val) : 0) == owner)
+			return true;
+		if (!parent)
+			break;
+		cgroup = READ(parent, cgroup);
+	}
+	return false;
+}
+
+static always_inline bool may_link(struct bpf_link *link, struct bpf_prog *prog, struct grant *g, struct token *t)
+{
+	u32 kind = PROCESSES;
+	bool own = false;
+	struct net *net = 0;
+
+	switch ((u32)link->type) {
+	case LINK_SOCKMAP:
+		return true;
+	case LINK_CGROUP:
+		if (prog->type == PROG_LSM)
+			break;
+		kind = CGROUPS;
+		own = owns_cgroup(READ(CONTAINER(link, struct bpf_cgroup_link, link), cgroup), t->owner);
+		break;
+	case LINK_NETNS:
+		net = READ(CONTAINER(link, struct bpf_netns_link, link), net);
+		break;
+	case LINK_NETFILTER:
+		net = READ(CONTAINER(link, struct bpf_nf_link, link), net);
+		break;
+	case LINK_XDP:
+		net = READ(READ(CONTAINER(link, struct bpf_xdp_link, link), dev), nd_net.net);
+		break;
+	case LINK_TCX:
+		net = READ(READ(CONTAINER(link, struct tcx_link, link), dev), nd_net.net);
+		break;
+	case LINK_NETKIT:
+		if (__builtin_preserve_type_info(*(struct netkit_link *)0, 0))
+			net = READ(READ(CONTAINER(link, struct netkit_link, link), dev), nd_net.net);
+		break;
+	case LINK_PERF_EVENT:
+		// Of the caller's own process: only root may open one of others.
+		own = prog->type == PROG_PERF_EVENT;
+		break;
+	case LINK_UPROBE_MULTI: {
+		struct task_struct *task = READ(CONTAINER(link, struct bpf_uprobe_multi_link, link), task);
+
+		own = task && within(READ(READ(task, cred), user_ns), t->namespace);
+		break;
+	}
+	}
+	if (net) {
+		kind = INTERFACES;
+		own = within(READ(net, user_ns), t->namespace);
+	}
+	return g->reach[kind] == REACH_ANY || (own && g->reach[kind] == REACH_OWN);
+}
+
+static always_inline u32 *linking_of(struct task_struct *task, u64 flags)
+{
+	return bpf_task_storage_get(&linking, task, 0, flags);
+}
+
+// The kernel has made a link, and hasn't attached the program yet. A tracing
+// program can't say no; file_alloc does it, when the link gets its file.
+SEC("fentry/bpf_link_prime")
+int link_prime(u64 *ctx)
+{
+	struct bpf_link *link = (void *)ctx[0];
+	struct task_struct *task = bpf_get_current_task_btf();
+	u32 *state = linking_of(task, 0);
+	struct bpf_prog *prog = link->prog;
+	struct token *t = 0;
+	struct grant *g;
+
+	if (state)
+		*state = 0;
+	if (prog)
+		t = token_of(prog->aux->token);
+	if (!t)
+		return 0;
+	g = bpf_map_lookup_elem(&grants, &t->grant);
+	if (g && live(g) && may_link(link, prog, g, t))
+		return 0;
+	state = linking_of(task, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (state)
+		*state = REFUSED;
+	else
+		bpf_send_signal(SIGKILL);
+	refuse_program(t->grant, t->owner, g && live(g) ? LINK : LEASE, link->type, prog);
+	return 0;
+}
+
+enum {
+	CMD_PROG_ATTACH = 8,
+	CMD_PROG_DETACH = 9,
+	CMD_PROG_TEST_RUN = 10,
+	CMD_RAW_TRACEPOINT_OPEN = 17,
+	CMD_LINK_CREATE = 28,
+	CMD_LINK_UPDATE = 29,
+};
+
+// makes_link says whether the system call that the task is in makes a link.
+static always_inline bool makes_link(struct task_struct *task)
+{
+	struct pt_regs *regs = (void *)bpf_task_pt_regs(task);
+	u64 number = READ(regs, orig_ax);
+	u32 command;
+
+	if (number == 357) // bpf(2) of 32-bit programs
+		command = READ(regs, bx);
+	else if ((number & 0xbfffffff) == 321)
+		command = READ(regs, di);
+	else
+		return false;
+	return command == CMD_LINK_CREATE || command == CMD_RAW_TRACEPOINT_OPEN;
+}
+
+// The kernel allocates the file of a link before it attaches the program. (A
+// program for the hook file_alloc_security isn't allowed on newer kernels.)
+SEC("fmod_ret/security_file_alloc")
+int file_alloc(u64 *ctx)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	u32 *state = linking_of(task, 0), was;
+
+	if (!state || !*state)
+		return 0;
+	was = *state;
+	*state = 0;
+	// What was to be seen may have failed before there was a link.
+	if (was == UNSEEN && !makes_link(task))
+		return 0;
+	return -EPERM;
+}
+
+// Whatever gives no link to look at.
+
+// prog_kind is the kind of target of PROG_ATTACH, or KINDS if that is the
+// caller's own map.
+static always_inline u32 prog_kind(u32 attach_type)
+{
+	switch (attach_type) {
+	case 4: // sk_skb_stream_parser
+	case 5: // sk_skb_stream_verdict
+	case 7: // sk_msg_verdict
+	case 38: // sk_skb_verdict
+		return KINDS;
+	case 16: // lirc_mode2
+	case 17: // flow_dissector
+	case 46: // tcx_ingress
+	case 47: // tcx_egress
+	case 54: // netkit_primary
+	case 55: // netkit_peer
+		return INTERFACES;
+	}
+	return CGROUPS;
+}
+
+// link_kind is the kind of target of LINK_CREATE, or KINDS if only the link
+// will tell whether that is the grant's own.
+static always_inline u32 link_kind(u32 attach_type)
+{
+	switch (attach_type) {
+	case 37: // xdp
+	case 45: // netfilter
+	case 46: // tcx_ingress
+	case 47: // tcx_egress
+	case 54: // netkit_primary
+	case 55: // netkit_peer
+		return INTERFACES;
+	case 23: // trace_raw_tp
+	case 24: // trace_fentry
+	case 25: // trace_fexit
+	case 26: // modify_return
+	case 27: // lsm_mac
+	case 28: // trace_iter
+	case 42: // trace_kprobe_multi
+	case 44: // struct_ops
+	case 56: // trace_kprobe_session
+	case 57: // trace_uprobe_session
+		return PROCESSES;
+	}
+	return KINDS;
+}
+
+static __attribute__((noinline)) bool confined_at_all(u32 *owner)
+{
+	return confined(INTERFACES, owner) || confined(CGROUPS, owner) || confined(PROCESSES, owner);
+}
+
+SEC("lsm/bpf")
+int command(u64 *ctx)
+{
+	u32 cmd = ctx[0], owner = 0, kind, *state;
+	struct { u32 target, program, type; } attach;
+
+	switch (cmd) {
+	case CMD_LINK_CREATE:
+	case CMD_RAW_TRACEPOINT_OPEN:
+		if (!confined_at_all(&owner))
+			return 0;
+		if (cmd == CMD_LINK_CREATE && bpf_probe_read_kernel(&attach, sizeof(attach), (void *)ctx[1]))
+			return -EPERM;
+		kind = cmd == CMD_LINK_CREATE ? link_kind(attach.type) : PROCESSES;
+		if (kind == INTERFACES && confined(kind, &owner) && !in_own_network())
+			break;
+		if (kind == PROCESSES && confined(kind, &owner))
+			break;
+		// The rest is the link's affair. But a tracing program isn't run when
+		// it was interrupted on the same processor, on kernels that preempt
+		// themselves: these links must have been seen.
+		state = linking_of(bpf_get_current_task_btf(), BPF_LOCAL_STORAGE_GET_F_CREATE);
+		if (!state)
+			return -ENOMEM;
+		*state = UNSEEN;
+		return 0;
+	case CMD_LINK_UPDATE:
+		if (!confined_at_all(&owner))
+			return 0;
+		break;
+	case CMD_PROG_ATTACH:
+	case CMD_PROG_DETACH:
+		if (bpf_probe_read_kernel(&attach, sizeof(attach), (void *)ctx[1]))
+			return -EPERM;
+		kind = prog_kind(attach.type);
+		if (kind == KINDS || !confined(kind, &owner))
+			return 0;
+		if (kind == INTERFACES && attach.type != 16 && in_own_network())
+			return 0;
+		break;
+	case CMD_PROG_TEST_RUN:
+		// A program may send packets from the caller's network namespace.
+		if (!confined(INTERFACES, &owner) || in_own_network())
+			return 0;
+		break;
+	default:
+		return 0;
+	}
+	return refuse(0, owner, COMMAND, cmd);
+}
+
+#define PERF_EVENT_IOC_SET_BPF 0x40042408
+
+static always_inline int check_ioctl(u32 request)
+{
+	u32 owner = 0;
+
+	if (request != PERF_EVENT_IOC_SET_BPF || !confined(PROCESSES, &owner))
+		return 0;
+	return refuse(0, owner, PERF_EVENT, 0);
+}
+
+SEC("lsm/file_ioctl")
+int file_ioctl(u64 *ctx)
+{
+	return check_ioctl(ctx[1]);
+}
+
+SEC("lsm/file_ioctl_compat")
+int file_ioctl_compat(u64 *ctx)
+{
+	return check_ioctl(ctx[1]);
+}

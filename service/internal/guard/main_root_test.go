@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build root && kernels
+
+package guard
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"runtime"
+	"strconv"
+	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
+	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
+)
+
+// dir is where the tests pin the guard.
+const dir = "/sys/fs/bpf/guard"
+
+func TestMain(m *testing.M) {
+	if os.Getenv("BPFBROKER_TEST_TARGET") == "" {
+		if err := unix.Mount("bpf", "/sys/fs/bpf", "bpf", 0, "mode=0700"); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	}
+	testtarget.Main(m, ops)
+}
+
+// ops are what a hostile process does with its token.
+var ops = map[string]testtarget.Op{
+	// token MOUNT: takes a token and keeps it.
+	"token": func(_ []string, files []*os.File) (string, []*os.File, error) {
+		f, err := kernel.CreateToken(files[0])
+		if err != nil {
+			return "", nil, err
+		}
+		held.token = f
+		return "", nil, nil
+	},
+	// hold FILE...: keeps them as programs.
+	"hold": func(_ []string, files []*os.File) (string, []*os.File, error) {
+		for _, f := range files {
+			held.programs = append(held.programs, dup(int(f.Fd())))
+		}
+		return "", nil, nil
+	},
+	// map TYPE ENTRIES: makes one and keeps it.
+	"map": func(args []string, _ []*os.File) (string, []*os.File, error) {
+		fd, err := createMap(number(args[0]), number(args[1]))
+		if err == nil {
+			held.maps = append(held.maps, fd)
+		}
+		return "", nil, err
+	},
+	// load JSON: loads a program and keeps it.
+	"load": func(args []string, _ []*os.File) (string, []*os.File, error) {
+		var p program
+		if err := json.Unmarshal([]byte(args[0]), &p); err != nil {
+			return "", nil, err
+		}
+		fd, err := load(p)
+		if err == nil {
+			held.programs = append(held.programs, fd)
+		}
+		return "", nil, err
+	},
+	// give: answers with the last program.
+	"give": func([]string, []*os.File) (string, []*os.File, error) {
+		return "", []*os.File{os.NewFile(uintptr(dup(last())), "program")}, nil
+	},
+	// givetoken: answers with the token.
+	"givetoken": func([]string, []*os.File) (string, []*os.File, error) {
+		return "", []*os.File{os.NewFile(uintptr(dup(int(held.token.Fd()))), "token")}, nil
+	},
+	// taketoken TOKEN: keeps it.
+	"taketoken": func(_ []string, files []*os.File) (string, []*os.File, error) {
+		held.token = os.NewFile(uintptr(dup(int(files[0].Fd()))), "token")
+		return "", nil, nil
+	},
+	// link TARGET ATTACHTYPE, raw NAME, attach TARGET ATTACHTYPE, run: with the last program.
+	"link": func(args []string, files []*os.File) (string, []*os.File, error) {
+		target := uint32(0)
+		if len(files) > 0 {
+			target = uint32(files[0].Fd())
+		} else {
+			target = number(args[0])
+		}
+		fd, err := createLink(uint32(last()), target, number(args[1]))
+		if err == nil {
+			held.links = append(held.links, fd)
+		}
+		return "", nil, err
+	},
+	"raw": func(args []string, _ []*os.File) (string, []*os.File, error) {
+		fd, err := openRaw(uint32(last()), args[0])
+		if err == nil {
+			held.links = append(held.links, fd)
+		}
+		return "", nil, err
+	},
+	"attach": func(args []string, files []*os.File) (string, []*os.File, error) {
+		target := number(args[0])
+		if len(files) > 0 {
+			target = uint32(files[0].Fd())
+		}
+		attr := struct{ target, program, kind, flags, replace uint32 }{target, uint32(last()), number(args[1]), 0, 0}
+		_, err := call(8, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+		return "", nil, err
+	},
+	"run": func([]string, []*os.File) (string, []*os.File, error) { return "", nil, testRun(uint32(last())) },
+	// pin PATH and get PATH, of the last program
+	"pin": func(args []string, _ []*os.File) (string, []*os.File, error) {
+		return "", nil, pin(last(), args[0])
+	},
+	"get": func(args []string, _ []*os.File) (string, []*os.File, error) {
+		fd, err := get(args[0], 0)
+		if err == nil {
+			held.programs = append(held.programs, fd)
+		}
+		return "", nil, err
+	},
+	// pinmap and getmap FLAGS, of a map that is given
+	"reopen": func(args []string, files []*os.File) (string, []*os.File, error) {
+		if err := unix.Mount("bpf", "/mnt", "bpf", 0, ""); err != nil {
+			return "", nil, fmt.Errorf("cannot mount: %w", err)
+		}
+		defer func() { _ = unix.Unmount("/mnt", unix.MNT_DETACH) }()
+		if err := pin(int(files[0].Fd()), "/mnt/map"); err != nil {
+			return "", nil, fmt.Errorf("cannot pin: %w", err)
+		}
+		fd, err := get("/mnt/map", number(args[0]))
+		if err == nil {
+			_ = unix.Close(fd)
+		}
+		return "", nil, err
+	},
+	// drop: closes all but the token. dropall: that, too.
+	"drop": func([]string, []*os.File) (string, []*os.File, error) { held.drop(); return "", nil, nil },
+	"dropall": func([]string, []*os.File) (string, []*os.File, error) {
+		held.drop()
+		return "", nil, held.token.Close()
+	},
+	"mkdir-cgroup": func(args []string, _ []*os.File) (string, []*os.File, error) {
+		return "", nil, os.Mkdir(args[0], 0o755)
+	},
+	"openraw": func(args []string, _ []*os.File) (string, []*os.File, error) {
+		f, err := os.Open(args[0])
+		return "", []*os.File{f}, err
+	},
+}
+
+// held is what a hostile process has.
+var held holdings
+
+type holdings struct {
+	token                 *os.File
+	maps, programs, links []int
+}
+
+func (h *holdings) drop() {
+	for _, fds := range [][]int{h.maps, h.programs, h.links} {
+		for _, fd := range fds {
+			_ = unix.Close(fd)
+		}
+	}
+	h.maps, h.programs, h.links = nil, nil, nil
+}
+
+type program struct {
+	Type, Attach uint32
+	Instructions []uint64
+	BTF          uint32
+}
+
+func number(s string) uint32 {
+	n, err := strconv.ParseUint(s, 0, 32)
+	if err != nil {
+		panic(err)
+	}
+	return uint32(n)
+}
+
+func dup(fd int) int {
+	n, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		panic(err)
+	}
+	return n
+}
+
+func last() int { return held.programs[len(held.programs)-1] }
+
+func call(command uintptr, attr unsafe.Pointer, size uintptr) (int, error) {
+	fd, _, errno := unix.Syscall(unix.SYS_BPF, command, uintptr(attr), size)
+	if errno != 0 {
+		return -1, errno
+	}
+	return int(fd), nil
+}
+
+func tokenFD() (fd, flag uint32) {
+	if held.token == nil {
+		return 0, 0
+	}
+	return uint32(held.token.Fd()), 1 << 16
+}
+
+func createMap(kind, entries uint32) (int, error) {
+	attr := struct {
+		kind, key, value, entries, flags uint32
+		_                                [14]uint32
+		token                            uint32
+	}{kind: kind, key: 4, value: 8, entries: entries}
+	if kind == mapRingbuf {
+		attr.key, attr.value = 0, 0
+	}
+	attr.token, attr.flags = tokenFD()
+	return call(0, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+}
+
+func load(p program) (int, error) {
+	license := [...]byte{'G', 'P', 'L', 0}
+	attr := struct {
+		kind, count           uint32
+		instructions, license *byte
+		_                     [5]uint32
+		flags                 uint32
+		name                  [16]byte
+		_                     uint32
+		attachType            uint32
+		_                     [8]uint32
+		attachBTF             uint32
+		_                     [9]uint32
+		token                 uint32
+		_                     uint32
+	}{kind: p.Type, count: uint32(len(p.Instructions)), instructions: (*byte)(unsafe.Pointer(&p.Instructions[0])), license: &license[0], attachType: p.Attach, attachBTF: p.BTF}
+	copy(attr.name[:], "hostile")
+	attr.token, attr.flags = tokenFD()
+	fd, err := call(5, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	runtime.KeepAlive(p) // the kernel's pointer isn't the collector's
+	return fd, err
+}
+
+func createLink(program, target, attachType uint32) (int, error) {
+	attr := struct {
+		program, target, attachType, flags uint32
+		_                                  [12]uint32
+	}{program: program, target: target, attachType: attachType}
+	if attachType == attachNetfilter {
+		attr.target = 0
+	}
+	return call(28, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+}
+
+func openRaw(program uint32, name string) (int, error) {
+	attr := struct {
+		name    *byte
+		program uint32
+		_       uint32
+		cookie  uint64
+	}{program: program}
+	if name != "" {
+		attr.name, _ = unix.BytePtrFromString(name)
+	}
+	return call(17, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+}
+
+func testRun(program uint32) error {
+	data := make([]byte, 64)
+	attr := struct {
+		program, result, in, out uint32
+		data, _                  *byte
+		repeat                   uint32
+		_                        [11]uint32
+	}{program: program, in: uint32(len(data)), data: &data[0], repeat: 1}
+	_, err := call(10, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	runtime.KeepAlive(data)
+	return err
+}
+
+func pin(object int, path string) error {
+	attr := struct {
+		path               *byte
+		object, flags, dir uint32
+		_                  uint32
+	}{object: uint32(object)}
+	attr.path, _ = unix.BytePtrFromString(path)
+	_, err := call(6, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	return err
+}
+
+func get(path string, flags uint32) (int, error) {
+	attr := struct {
+		path               *byte
+		object, flags, dir uint32
+		_                  uint32
+	}{flags: flags}
+	attr.path, _ = unix.BytePtrFromString(path)
+	return call(7, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+}
