@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"sync"
 	"syscall"
 	"time"
@@ -22,6 +23,7 @@ import (
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
 	"github.com/bpfbroker/bpfbroker/service/internal/broker"
 	"github.com/bpfbroker/bpfbroker/service/internal/bus"
+	"github.com/bpfbroker/bpfbroker/service/internal/guard"
 	"github.com/bpfbroker/bpfbroker/service/internal/journal"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
 	"github.com/bpfbroker/bpfbroker/service/internal/limit"
@@ -33,6 +35,8 @@ const (
 	// stateDir is where the ledger is. systemd makes its parent
 	// (RuntimeDirectory=).
 	stateDir = "/run/bpfbroker/grants"
+	// guardDir is where the guard is pinned.
+	guardDir = "/sys/fs/bpf/bpfbroker/guard"
 	// socketName is the name that bpfbroker.socket gives the socket
 	// (FileDescriptorName=).
 	socketName = "varlink"
@@ -69,7 +73,8 @@ func Run(version string) error {
 	}
 	polkit := authority.New()
 	defer polkit.Close()
-	b, err := broker.New(polkit, profile.Load(profile.DefaultDirs()), stateDir)
+	g, noGuard := openGuard()
+	b, err := broker.New(polkit, profile.Load(profile.DefaultDirs()), stateDir, g, noGuard)
 	if err != nil {
 		return err
 	}
@@ -124,6 +129,22 @@ func Run(version string) error {
 		err = errors.Join(err, cause)
 	}
 	return errors.Join(err, <-served)
+}
+
+// openGuard takes over the guard, or loads it. Where there can be none it says why:
+// profiles that don't need it are served all the same.
+func openGuard() (*guard.Guard, error) {
+	g, err := guard.Open(guardDir)
+	var unavailable *guard.Unavailable
+	switch {
+	case errors.As(err, &unavailable):
+		slog.Info("there is no guard", "reason", err)
+	case err != nil:
+		slog.Error("there is no guard", "error", err)
+	}
+	// The kernel's types took more memory than all the rest.
+	debug.FreeOSMemory()
+	return g, err
 }
 
 // CheckConfig returns what is wrong with the profiles.

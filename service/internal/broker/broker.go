@@ -7,12 +7,14 @@ package broker
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync/atomic"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
+	"github.com/bpfbroker/bpfbroker/service/internal/guard"
 	"github.com/bpfbroker/bpfbroker/service/internal/journal"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
 	"github.com/bpfbroker/bpfbroker/service/internal/peer"
@@ -31,16 +33,19 @@ type Broker struct {
 	refusals  refusalLog
 	watchers  watchers
 	profiles  atomic.Pointer[profile.Set]
+	guard     *guarding
 }
 
-// New opens the ledger in dir and returns a broker that offers the profiles.
-// The caller closes it.
-func New(a Authority, profiles *profile.Set, dir string) (*Broker, error) {
-	b := &Broker{authority: a}
+// New opens the ledger in dir and returns a broker that offers the profiles. The
+// caller closes it. The broker takes over the guard, or nil, and says why there is
+// none.
+func New(a Authority, profiles *profile.Set, dir string, g *guard.Guard, noGuard error) (*Broker, error) {
+	b := &Broker{authority: a, guard: &guarding{Guard: g, why: noGuard, sweep: make(chan struct{}, 1)}}
 	var err error
-	if b.ledger, err = grant.Open(dir, undo, b.ended); err != nil {
+	if b.ledger, err = grant.Open(dir, b.undo, b.ended); err != nil {
 		return nil, err
 	}
+	b.watchGuard()
 	b.SetProfiles(profiles)
 	return b, nil
 }
@@ -63,6 +68,7 @@ func (b *Broker) Grants() int { return b.ledger.Len() }
 // Close stops the broker. The grants stay.
 func (b *Broker) Close() {
 	b.ledger.Close()
+	b.guard.close()
 	b.watchers.close()
 }
 
@@ -85,15 +91,16 @@ func (c Caller) unitName() string {
 	return unit.Name()
 }
 
-// undo unmounts what was mounted in a target.
-func undo(g grant.Grant, namespaces *kernel.Namespaces) error {
+// undo stops a grant's tokens and unmounts what was mounted in the target.
+func (b *Broker) undo(g grant.Grant, namespaces *kernel.Namespaces) error {
+	err := b.unbind(g)
 	switch {
 	case g.Path == "":
-		return nil
+		return err
 	case namespaces == nil:
-		return fmt.Errorf("cannot unmount %s, if other processes have it: the grant's process ended while the daemon was stopped", g.Path)
+		return errors.Join(err, fmt.Errorf("cannot unmount %s, if other processes have it: the grant's process ended while the daemon was stopped", g.Path))
 	}
-	return kernel.Detach(namespaces, g.Target, g.Mount, g.Path)
+	return errors.Join(err, kernel.Detach(namespaces, g.Target, g.Mount, g.Path))
 }
 
 // ended writes into the journal that a grant is over; who revokes one writes

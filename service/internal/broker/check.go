@@ -26,7 +26,7 @@ type Finding struct {
 func (b *Broker) Check(ctx context.Context, c Caller) []Finding {
 	findings := []Finding{
 		verdict("BPF tokens", kernel.ProbeTokens(), "this kernel has them"),
-		{Subject: "guard", State: "no", Reason: "this version has no guard", Remedy: "the administrator can accept single profiles without it (Guard=optional)"},
+		b.checkGuard(),
 	}
 	for _, o := range b.ListProfiles() {
 		findings = append(findings, b.checkProfile(ctx, c, o))
@@ -48,7 +48,7 @@ func (b *Broker) checkProfile(ctx context.Context, c Caller, o Offer) Finding {
 	}
 	// As for a target of the caller's own, where the caller is.
 	err = b.authority.Check(ctx, c.subject(),
-		tokenAction(o.Tier, false), tokenDetailsOf(o.Profile, c.UID, unit, unit), false)
+		tokenAction(o.Tier, false), b.tokenDetailsOf(o.Profile, c.UID, unit, unit), false)
 	if errors.Is(err, authority.ErrChallenge) {
 		return Finding{Subject: subject, State: "ask", Reason: fmt.Sprintf("tier %s, after authentication", o.Tier), Remedy: "the administrator can allow it by a polkit rule"}
 	}

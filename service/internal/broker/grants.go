@@ -65,7 +65,11 @@ func (b *Broker) renew(ctx context.Context, c Caller, id string) (grant.Grant, e
 		return g, err
 	}
 	defer a.target.Close()
-	return b.ledger.Renew(g.ID, a.profile.Lease)
+	if g, err = b.ledger.Renew(g.ID, a.profile.Lease); err != nil {
+		return g, err
+	}
+	b.rebind(g, a.profile)
+	return g, nil
 }
 
 // RevokeGrant ends a grant. It returns what that could not reach: phrases for
@@ -87,7 +91,7 @@ func (b *Broker) RevokeGrant(ctx context.Context, c Caller, id string) (notReach
 	if err != nil && !errors.Is(err, kernel.ErrProcessGone) {
 		notReached = append(notReached, err.Error())
 	}
-	if !guarded {
+	if !g.Guarded {
 		notReached = append(notReached,
 			"tokens that were already created, until the last process and program that hold them end",
 			"programs, maps and links that were already made")

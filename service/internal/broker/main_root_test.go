@@ -20,6 +20,7 @@ import (
 
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
+	"github.com/bpfbroker/bpfbroker/service/internal/guard"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
 	"github.com/bpfbroker/bpfbroker/service/internal/peer"
 	"github.com/bpfbroker/bpfbroker/service/internal/profile"
@@ -42,6 +43,7 @@ var files = map[string]string{
 	"plain":    "[Profile]\nDescription=Plain\n[Delegate]\nCommands=map_create prog_load\nMaps=lru_hash\nPrograms=socket_filter\n",
 	"leased":   "[Profile]\nLease=1h\nGuard=optional\n[Delegate]\nCommands=map_create\nMaps=hash\n",
 	"guarded":  "[Profile]\nLease=1h\n[Delegate]\nCommands=map_create\nMaps=hash\n",
+	"held":     "[Delegate]\nCommands=map_create prog_load\nMaps=hash\nPrograms=socket_filter\n[Guard]\nCapabilities=CAP_BPF\n",
 	"any":      "[Delegate]\nCommands=any\nMaps=any\nPrograms=any\nAttachments=any\n",
 	"misspelt": "[Profile]\nLeese=1h\n[Delegate]\nCommands=map_create\n",
 }
@@ -59,6 +61,7 @@ type fake struct {
 	*Broker
 	t             *testing.T
 	profiles, dir string
+	guard         *guard.Guard
 
 	mu     sync.Mutex
 	asked  []asked
@@ -89,6 +92,8 @@ func (f *fake) answers(answer func(context.Context) error) {
 	f.answer = answer
 }
 
+var errNoGuard = errors.New("a test without a guard")
+
 // newFake makes a broker with an authority that says yes.
 func newFake(t *testing.T) *fake {
 	t.Helper()
@@ -106,7 +111,7 @@ func newFake(t *testing.T) *fake {
 func (f *fake) open() {
 	f.t.Helper()
 	var err error
-	if f.Broker, err = New(f, f.load(), f.dir); err != nil {
+	if f.Broker, err = New(f, f.load(), f.dir, f.guard, errNoGuard); err != nil {
 		f.t.Fatal(err)
 	}
 }

@@ -16,16 +16,17 @@ import (
 )
 
 // narrow compares each live grant with its profile as it is now. One that has
-// more ends, and a lease that is longer than the profile's is cut. Where the
+// more, or that the guard has lost, ends, and a lease that is longer than the profile's is cut. Where the
 // profile's files have an error nobody knows what the administrator wants: a
 // mistake in a file should end nobody's work, so these grants stay as they are,
 // can't be renewed, and the journal says so.
 func (b *Broker) narrow(profiles *profile.Set) {
 	kept := map[string]int{}
+	lost := b.lostByGuard()
 	for _, g := range b.ledger.List(func(grant.Grant) bool { return true }) {
 		p, err := profiles.Get(g.Profile)
 		switch {
-		case errors.Is(err, profile.ErrNotFound) || err == nil && exceeds(g, p):
+		case errors.Is(err, profile.ErrNotFound) || err == nil && exceeds(g, p) || lost(g):
 			b.ledger.EndLater(g.ID, grant.Narrowed)
 		case err != nil:
 			kept[g.Profile]++
@@ -46,6 +47,7 @@ func (b *Broker) shorten(g grant.Grant, p *profile.Profile) {
 	shortened, err := b.ledger.Shorten(g.ID, p.Lease)
 	switch {
 	case err == nil:
+		b.rebind(shortened, p)
 		b.watchers.tell(func(w Watcher) { w.Leased(shortened) })
 	case !errors.Is(err, grant.ErrNotFound): // it has ended
 		slog.Error("cannot shorten a lease", journal.KeyGrant, g.ID.String(), "error", err)

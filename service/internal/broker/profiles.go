@@ -37,10 +37,7 @@ func (b *Broker) DescribeProfile(name string) (Offer, error) {
 }
 
 func (b *Broker) offer(p *profile.Profile) Offer {
-	o := Offer{Profile: p, Tier: p.Tier(guarded)}
-	if !guarded {
-		o.NotEnforced = p.NotEnforced()
-	}
+	o := Offer{Profile: p, Tier: p.Tier(b.guarded()), NotEnforced: b.notEnforced(p)}
 	if _, err := b.offered(p.Name); err != nil {
 		o.Refusal = Refuse(err)
 	}

@@ -74,7 +74,7 @@ func (b *Broker) grantToken(ctx context.Context, c Caller, profileName string, p
 
 	g = grant.Grant{
 		Profile:      p.Name,
-		Tier:         p.Tier(guarded).String(),
+		Tier:         p.Tier(b.guarded()).String(),
 		Owner:        c.UID,
 		Target:       a.target.Owner,
 		Unit:         a.unit.Name(),
@@ -82,7 +82,8 @@ func (b *Broker) grantToken(ctx context.Context, c Caller, profileName string, p
 		Inode:        process.Inode,
 		Path:         path,
 		Capabilities: p.AmbientCapabilities(),
-		NotEnforced:  p.NotEnforced(),
+		Guarded:      b.guarded(),
+		NotEnforced:  b.notEnforced(p),
 		Rights:       p.Rights(),
 	}
 	if path != "" {
@@ -92,7 +93,9 @@ func (b *Broker) grantToken(ctx context.Context, c Caller, profileName string, p
 	if err := b.ledger.Begin(&g, process, a.target.Namespaces()); err != nil {
 		return g, err
 	}
-	err = hand(f)
+	if err = b.bind(g, p, f); err == nil {
+		err = hand(f)
+	}
 	if err == nil {
 		err = b.ledger.Commit(g.ID)
 	}
@@ -117,8 +120,13 @@ func (b *Broker) Withdraw(id grant.ID) {
 	_ = b.ledger.End(id, grant.Undone)
 }
 
-// guarded says whether the guard enforces grants.
-const guarded = false
+// notEnforced is what a profile limits and nothing would hold.
+func (b *Broker) notEnforced(p *profile.Profile) []string {
+	if b.guarded() {
+		return nil
+	}
+	return p.NotEnforced()
+}
 
 // offered returns a profile that can be granted now.
 func (b *Broker) offered(name string) (*profile.Profile, error) {
@@ -130,12 +138,14 @@ func (b *Broker) offered(name string) (*profile.Profile, error) {
 		// The kernel makes no token of that.
 		return nil, &Error{Name: "InvalidProfile", Reason: fmt.Sprintf("cannot grant %s: the profile delegates nothing", name), Layer: "profile", Remedy: "have the administrator fill its [Delegate] section"}
 	}
-	if p.NeedsGuard() && !guarded {
+	if p.NeedsGuard() && !b.guarded() {
 		return nil, &Error{
-			Name:   "GuardUnavailable",
-			Reason: fmt.Sprintf("cannot grant %s: the profile limits what only the guard can hold (%s), and there is no guard", name, strings.Join(p.NotEnforced(), ", ")),
-			Layer:  "guard",
-			Remedy: fmt.Sprintf("have the administrator accept that with Guard=optional in /etc/bpfbroker/profiles.d/%s.profile.d/guard.conf", name),
+			Name: "GuardUnavailable",
+			Reason: fmt.Sprintf("cannot grant %s: the profile limits what only the guard can hold (%s), and there is no guard: %v",
+				name, strings.Join(p.NotEnforced(), ", "), b.guard.why),
+			Layer: "guard",
+			Remedy: fmt.Sprintf("%shave the administrator accept that with Guard=optional in /etc/bpfbroker/profiles.d/%s.profile.d/guard.conf",
+				b.guardRemedy(), name),
 		}
 	}
 	return p, nil
@@ -194,7 +204,7 @@ func (b *Broker) ask(ctx context.Context, c Caller, a authorized) error {
 	}
 	p, owner := a.profile, a.target.Owner
 	others := owner != c.UID
-	err := b.authority.Check(ctx, c.subject(), tokenAction(p.Tier(guarded), others), tokenDetailsOf(p, owner, callerUnit, a.unit), c.Interactive)
+	err := b.authority.Check(ctx, c.subject(), tokenAction(p.Tier(b.guarded()), others), b.tokenDetailsOf(p, owner, callerUnit, a.unit), c.Interactive)
 	denied := errors.Is(err, authority.ErrDenied) || errors.Is(err, authority.ErrChallenge) || errors.Is(err, authority.ErrDismissed)
 	switch {
 	case err == nil:
@@ -224,11 +234,11 @@ func (b *Broker) unchanged(p *profile.Profile) error {
 
 // tokenDetailsOf is what the authority is told: tokenDetails, from what the
 // kernel and the profile say.
-func tokenDetailsOf(p *profile.Profile, owner uint32, peerUnit, targetUnit peer.Unit) map[string]string {
+func (b *Broker) tokenDetailsOf(p *profile.Profile, owner uint32, peerUnit, targetUnit peer.Unit) map[string]string {
 	return map[string]string{
 		authority.DetailProfile:        p.Name,
-		authority.DetailTier:           p.Tier(guarded).String(),
-		authority.DetailGuard:          guardDetail(p),
+		authority.DetailTier:           p.Tier(b.guarded()).String(),
+		authority.DetailGuard:          b.guardDetail(p),
 		authority.DetailPrograms:       strings.Join(profile.ProgramNames(p.Programs), " "),
 		authority.DetailPeerUnit:       peerUnit.System,
 		authority.DetailPeerUserUnit:   peerUnit.User,
@@ -238,11 +248,11 @@ func tokenDetailsOf(p *profile.Profile, owner uint32, peerUnit, targetUnit peer.
 	}
 }
 
-func guardDetail(p *profile.Profile) string {
+func (b *Broker) guardDetail(p *profile.Profile) string {
 	switch {
 	case p.Guard == profile.GuardUnneeded:
 		return "unneeded"
-	case guarded:
+	case b.guarded():
 		return "active"
 	}
 	return "absent"

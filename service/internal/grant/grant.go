@@ -78,6 +78,8 @@ type Grant struct {
 	Rights *profile.Rights `json:"rights"`
 	// Capabilities are those that the profile's programs and maps need.
 	Capabilities []string `json:"capabilities"`
+	// Guarded says that the guard enforces it.
+	Guarded bool `json:"guarded,omitempty"`
 	// NotEnforced is what the profile limits and nothing holds.
 	NotEnforced []string `json:"notEnforced"`
 }
@@ -390,6 +392,13 @@ func (l *Ledger) List(want func(Grant) bool) []Grant {
 		grants[i] = e.Grant
 	}
 	return grants
+}
+
+// Has says whether there is a grant, live or about to be or to end.
+func (l *Ledger) Has(id ID) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.entries[id] != nil
 }
 
 // Len returns the number of grants, live or about to be.

@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 	}
-	testtarget.Main(m, ops)
+	testtarget.Main(m, ops, func() error { return kernel.StartHelpers(func() { panic("no helpers any more") }) })
 }
 
 // ops are what a hostile process does with its token.

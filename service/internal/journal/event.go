@@ -29,6 +29,11 @@ const (
 	KeyReason  = "reason"  // why, as the peer was told
 	KeyBy      = "by"      // the uid that revoked
 	KeyLimit   = "limit"   // the limit's name
+	KeySetting = "setting" // the setting of the profile that refused it, or empty
+	KeyUID     = "uid"     // the uid of a process that the guard saw
+	KeyCommand = "command" // the command name of that process
+	KeyProgram = "program" // a BPF program: its type, name and length
+	KeyTag     = "tag"     // the tag of a BPF program's instructions
 	// KeyNotEnforced is what of the profile isn't held for want of the guard, or empty.
 	KeyNotEnforced = "not_enforced"
 	KeyGrants      = "grants" // how many grants it is about
@@ -44,6 +49,8 @@ var (
 	GrantsKept        = Event{"bc63d51c50ee4ac29f423fc6d16fa04d", slog.LevelWarn, "Grants kept: their profile has an error"}
 	GrantUndone       = Event{"97d2c3c0bb2749b59b01741a70a063b8", slog.LevelWarn, "Grant undone: it never reached its peer"}
 	RequestRefused    = Event{"7a7aea26eed040f2a24bebf37e302058", slog.LevelWarn, "Request refused"}
+	ProgramLoaded     = Event{"efe0eee838e64e4ea0b287205fa80b64", slog.LevelInfo, "Program loaded"}
+	GuardDenied       = Event{"f53738ae3c0143c393636def6bb4b110", slog.LevelWarn, "The guard refused something"}
 	LimitExceeded     = Event{"febcc7f531b6450288d7e955e514fb54", slog.LevelWarn, "Limit exceeded"}
 )
 

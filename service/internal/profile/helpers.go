@@ -4,6 +4,7 @@ package profile
 
 import (
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -52,3 +53,12 @@ var helpers = strings.Fields(`
 // HelperNames are all helpers, as [Guard] Helpers= names them: the one with
 // the kernel's number N is at N-1.
 func HelperNames() []string { return slices.Clone(helpers) }
+
+// HelperName is the name of the helper with the kernel's number, or that number
+// if it has none that is known.
+func HelperName(number uint64) string {
+	if number-1 < uint64(len(helpers)) {
+		return helpers[number-1]
+	}
+	return strconv.FormatUint(number, 10)
+}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"unicode"
 )
@@ -30,6 +31,15 @@ func ProgramNames(m Mask) []string { return programs.list(m) }
 // order. cgroup_inet_ingress also stands for "no attach type".
 func AttachmentNames(m Mask) []string { return attachments.list(m) }
 
+// CommandName gives the kernel's name of one bpf command, or its number if it has none that is known.
+func CommandName(value uint64) string { return commands.name(value) }
+
+// MapName is for map types what CommandName is for commands.
+func MapName(value uint64) string { return mapTypes.name(value) }
+
+// ProgramName is for program types what CommandName is for commands.
+func ProgramName(value uint64) string { return programs.name(value) }
+
 // anyWord is the kernel's word, and systemd's, for a whole enum.
 const anyWord = "any"
 
@@ -46,6 +56,13 @@ type enum struct {
 	never map[string]string
 	// group picks this enum's names out of a group.
 	group func(group) string
+}
+
+func (e *enum) name(value uint64) string {
+	if value < uint64(len(e.names)) && e.names[value] != "" {
+		return e.names[value]
+	}
+	return strconv.FormatUint(value, 10)
 }
 
 // index gives the value of a kernel name.

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package broker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/grant"
+	"github.com/bpfbroker/bpfbroker/service/internal/guard"
+	"github.com/bpfbroker/bpfbroker/service/internal/journal"
+	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
+	"github.com/bpfbroker/bpfbroker/service/internal/profile"
+)
+
+// guarding is what the broker has of the guard.
+type guarding struct {
+	*guard.Guard       // nil where there is none
+	why          error // why there is none
+
+	stop    context.CancelFunc
+	working sync.WaitGroup
+	sweep   chan struct{} // a grant has ended
+}
+
+// watchGuard begins to hear of what the guard does, and to tell it of what has
+// ended.
+func (b *Broker) watchGuard() {
+	ctx, stop := context.WithCancel(context.Background())
+	b.guard.stop = stop
+	if !b.guarded() {
+		return
+	}
+	b.guard.working.Go(func() { b.sweepGuard(ctx) })
+	b.guard.working.Go(func() {
+		if err := b.guard.Events(ctx, b.guardSays); err != nil {
+			slog.Error("the guard's events are not in the journal", "error", err)
+		}
+	})
+}
+
+// close gives the guard up, which goes on enforcing.
+func (g *guarding) close() {
+	g.stop()
+	g.working.Wait()
+	if g.Guard != nil {
+		g.Guard.Close()
+	}
+}
+
+// guarded says whether the guard enforces grants.
+func (b *Broker) guarded() bool { return b.guard.Guard != nil }
+
+// guardRemedy says what would change that there is no guard, as the beginning of a
+// sentence.
+func (b *Broker) guardRemedy() string {
+	var u *guard.Unavailable
+	if errors.As(b.guard.why, &u) {
+		return u.Remedy + ", or "
+	}
+	return ""
+}
+
+func (b *Broker) checkGuard() Finding {
+	if b.guarded() {
+		return Finding{Subject: "guard", State: "yes", Reason: "it holds grants to their profiles"}
+	}
+	return Finding{
+		Subject: "guard", State: "no", Reason: b.guard.why.Error(),
+		Remedy: b.guardRemedy() + "have the administrator accept single profiles without it (Guard=optional)",
+	}
+}
+
+// bind has the guard hold a file system's tokens to the profile, before anybody
+// has the file system.
+func (b *Broker) bind(g grant.Grant, p *profile.Profile, f *kernel.Filesystem) error {
+	if !g.Guarded {
+		return nil
+	}
+	root, err := f.Take()
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	return b.guard.Bind(uint64(g.ID), root, guard.Limits{Profile: p, Deadline: g.Deadline, Owner: g.Target})
+}
+
+// rebind has the guard hold a grant to what its profile says now.
+func (b *Broker) rebind(g grant.Grant, p *profile.Profile) {
+	if !g.Guarded || !b.guarded() {
+		return
+	}
+	err := b.guard.Renew(uint64(g.ID), guard.Limits{Profile: p, Deadline: g.Deadline, Owner: g.Target})
+	if err != nil && !errors.Is(err, guard.ErrUnknown) { // it has ended meanwhile
+		slog.Error("cannot tell the guard of a lease", journal.KeyGrant, g.ID.String(), "error", err)
+	}
+}
+
+// unbind has the guard refuse what a grant's tokens are used for from now on.
+func (b *Broker) unbind(g grant.Grant) error {
+	if !g.Guarded || !b.guarded() {
+		return nil
+	}
+	err := b.guard.Revoke(uint64(g.ID))
+	if errors.Is(err, guard.ErrUnknown) {
+		err = nil
+	}
+	select {
+	case b.guard.sweep <- struct{}{}:
+	default:
+	}
+	return err
+}
+
+// lostByGuard returns a function that says whether the guard has lost a grant that
+// it held: somebody may have taken the guard away since it was made.
+func (b *Broker) lostByGuard() func(grant.Grant) bool {
+	held := map[uint64]bool{}
+	if b.guarded() {
+		known, err := b.guard.Grants()
+		if err != nil {
+			slog.Error("cannot ask the guard for its grants", "error", err)
+			return func(grant.Grant) bool { return false }
+		}
+		for _, g := range known {
+			held[g.ID] = !g.Revoked
+		}
+	}
+	return func(g grant.Grant) bool { return g.Guarded && !held[uint64(g.ID)] }
+}
+
+// sweepTime is how long the guard's grants of which something is left are left
+// alone: the kernel frees programs and tokens some time after their last holder.
+const sweepTime = 10 * time.Second
+
+// sweepGuard has the guard forget the grants that have ended, once nothing of
+// them is left, and revokes those that the ledger doesn't have.
+func (b *Broker) sweepGuard(ctx context.Context) {
+	for {
+		left, err := b.sweepOnce()
+		if err != nil {
+			slog.Error("cannot clear the guard of ended grants", "error", err)
+		}
+		var again <-chan time.Time
+		if left > 0 {
+			again = time.After(sweepTime)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-b.guard.sweep:
+		case <-again:
+		}
+	}
+}
+
+func (b *Broker) sweepOnce() (left int, err error) {
+	known, err := b.guard.Grants()
+	if err != nil {
+		return 0, err
+	}
+	var ended []uint64
+	for _, g := range known {
+		if g.Revoked || !b.ledger.Has(grant.ID(g.ID)) {
+			ended = append(ended, g.ID)
+		}
+	}
+	if len(ended) == 0 {
+		return 0, nil
+	}
+	ids, err := b.guard.Release(ended...)
+	return len(ids), err
+}
+
+// guardSays writes what the guard saw into the journal.
+func (b *Broker) guardSays(e guard.Event) {
+	attrs := []slog.Attr{
+		slog.String(journal.KeyGrant, grant.ID(e.Grant).String()),
+		slog.Uint64(journal.KeyTarget, uint64(e.Owner)),
+		slog.Int(journal.KeyProcess, e.PID),
+		slog.Uint64(journal.KeyUID, uint64(e.UID)),
+		slog.String(journal.KeyCommand, e.Comm),
+	}
+	if e.Instructions > 0 {
+		attrs = append(attrs,
+			slog.String(journal.KeyProgram, fmt.Sprintf("%s %q, %d instructions", profile.ProgramName(uint64(e.ProgramType)), e.Name, e.Instructions)))
+	}
+	if e.Reason == guard.Loaded {
+		journal.ProgramLoaded.Log(context.Background(), append(attrs, slog.String(journal.KeyTag, fmt.Sprintf("%x", e.Tag)))...)
+		return
+	}
+	what, setting := denial(e)
+	journal.GuardDenied.Log(context.Background(), append(attrs, slog.String(journal.KeyReason, what), slog.String(journal.KeySetting, setting))...)
+}
