@@ -227,7 +227,7 @@ func TestCatalog(t *testing.T) {
 		t.Fatal(err)
 	}
 	var want []string
-	for _, event := range []Event{GrantMade, GrantExpired, GrantRevoked, GrantProcessEnded, GrantNarrowed, GrantsKept, GrantUndone, RequestRefused, LimitExceeded} {
+	for _, event := range []Event{GrantMade, GrantExpired, GrantRevoked, GrantProcessEnded, GrantNarrowed, GrantsKept, GrantUndone, RequestRefused, ProgramLoaded, GuardDenied, LimitExceeded} {
 		want = append(want, event.id)
 	}
 	var got []string
@@ -242,7 +242,7 @@ func TestCatalog(t *testing.T) {
 	}
 
 	var keys []string
-	for _, key := range []string{KeyGrant, KeyProfile, KeyTier, KeyOwner, KeyProcess, KeyUnit, KeyTarget, KeyLayer, KeyReason, KeyBy, KeyLimit, KeyNotEnforced, KeyGrants} {
+	for _, key := range []string{KeyGrant, KeyProfile, KeyTier, KeyOwner, KeyProcess, KeyUnit, KeyTarget, KeyLayer, KeyReason, KeyBy, KeyLimit, KeyNotEnforced, KeyGrants, KeyUID, KeyCommand, KeyProgram, KeyTag, KeySetting} {
 		keys = append(keys, fieldName(key))
 	}
 	var used []string
