@@ -11,6 +11,8 @@ CATALOGDIR ?= /usr/lib/systemd/catalog
 PROFILEDIR ?= /usr/lib/bpfbroker/profiles.d
 POLKITDIR ?= /usr/share/polkit-1/actions
 DBUSDIR ?= /usr/share/dbus-1
+# Container engines look there and in /etc, whatever the prefix.
+HOOKDIR ?= /usr/share/containers/oci/hooks.d
 VERSION ?= 0.1
 GO ?= go
 BUILD ?= build
@@ -22,7 +24,7 @@ STATICCHECK = $(GO) run honnef.co/go/tools/cmd/staticcheck@v0.8.2
 # The manual, if there is something to make it with.
 MAN = $(if $(shell command -v scdoc),bpfbroker.1 bpfbroker-profiles.5 bpfbrokerd.8)
 
-all: $(BUILD)/bpfbroker $(BUILD)/bpfbrokerd $(BUILD)/bpfbroker.service $(MAN:%=$(BUILD)/man/%)
+all: $(BUILD)/bpfbroker $(BUILD)/bpfbrokerd $(BUILD)/bpfbroker.service $(BUILD)/bpfbroker-cdi.service $(BUILD)/bpfbroker.json $(MAN:%=$(BUILD)/man/%)
 
 # Go knows best what has changed.
 .PHONY: FORCE
@@ -31,9 +33,13 @@ FORCE:
 $(BUILD)/%: FORCE
 	$(GOBUILD) -o $@ ./cmd/$*
 
-$(BUILD)/bpfbroker.service: units/bpfbroker.service.in Makefile
+$(BUILD)/%.service: units/%.service.in Makefile
 	mkdir -p $(BUILD)
-	sed 's|@LIBEXECDIR@|$(LIBEXECDIR)|' units/bpfbroker.service.in >$@
+	sed 's|@BINDIR@|$(BINDIR)|; s|@LIBEXECDIR@|$(LIBEXECDIR)|' $< >$@
+
+$(BUILD)/%.json: packaging/oci/%.json.in Makefile
+	mkdir -p $(BUILD)
+	sed 's|@BINDIR@|$(BINDIR)|' $< >$@
 
 $(BUILD)/man/%: packaging/man/%.scd Makefile
 	mkdir -p $(@D)
@@ -42,7 +48,7 @@ $(BUILD)/man/%: packaging/man/%.scd Makefile
 install: all
 	install -D -m 0755 -t $(DESTDIR)$(BINDIR) $(BUILD)/bpfbroker
 	install -D -m 0755 -t $(DESTDIR)$(LIBEXECDIR) $(BUILD)/bpfbrokerd
-	install -D -m 0644 -t $(DESTDIR)$(UNITDIR) units/bpfbroker.socket $(BUILD)/bpfbroker.service
+	install -D -m 0644 -t $(DESTDIR)$(UNITDIR) units/bpfbroker.socket $(BUILD)/bpfbroker.service $(BUILD)/bpfbroker-cdi.service
 	install -D -m 0644 -t $(DESTDIR)$(POLKITDIR) polkit/org.bpfbroker.policy
 	install -D -m 0644 -t $(DESTDIR)$(DBUSDIR)/system.d packaging/dbus/org.bpfbroker.Broker1.conf
 	install -D -m 0644 -t $(DESTDIR)$(DBUSDIR)/system-services packaging/dbus/org.bpfbroker.Broker1.service
@@ -51,6 +57,7 @@ install: all
 	install -D -m 0644 -t $(DESTDIR)$(PROFILEDIR) packaging/profiles/*.profile
 	install -D -m 0644 -t $(DESTDIR)$(DATADIR)/doc/bpfbroker/polkit polkit/examples/*.rules
 	install -D -m 0644 -t $(DESTDIR)$(DATADIR)/doc/bpfbroker/units units/examples/profile.conf
+	install -D -m 0644 -t $(DESTDIR)$(HOOKDIR) $(BUILD)/bpfbroker.json
 	install -d -m 0755 $(DESTDIR)/etc/bpfbroker/profiles.d
 	for page in $(MAN); do install -D -m 0644 -t $(DESTDIR)$(MANDIR)/man$${page##*.} $(BUILD)/man/$$page || exit 1; done
 	install -d -m 0755 $(DESTDIR)$(DATADIR)/bash-completion/completions $(DESTDIR)$(DATADIR)/zsh/site-functions $(DESTDIR)$(DATADIR)/fish/vendor_completions.d
@@ -70,7 +77,7 @@ $(BUILD)/%.bpf.o: test/programs/%.bpf.c
 
 uninstall:
 	rm -f $(DESTDIR)$(BINDIR)/bpfbroker $(DESTDIR)$(LIBEXECDIR)/bpfbrokerd
-	rm -f $(DESTDIR)$(UNITDIR)/bpfbroker.socket $(DESTDIR)$(UNITDIR)/bpfbroker.service
+	rm -f $(DESTDIR)$(UNITDIR)/bpfbroker.socket $(DESTDIR)$(UNITDIR)/bpfbroker.service $(DESTDIR)$(UNITDIR)/bpfbroker-cdi.service $(DESTDIR)$(HOOKDIR)/bpfbroker.json
 	rm -f $(DESTDIR)$(POLKITDIR)/org.bpfbroker.policy $(DESTDIR)$(CATALOGDIR)/bpfbroker.catalog
 	rm -f $(DESTDIR)$(DBUSDIR)/system.d/org.bpfbroker.Broker1.conf $(DESTDIR)$(DBUSDIR)/system-services/org.bpfbroker.Broker1.service
 	rm -f $(DESTDIR)$(DBUSDIR)/interfaces/org.bpfbroker.Broker1.xml

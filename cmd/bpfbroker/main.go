@@ -133,7 +133,7 @@ func (a *app) command() *cobra.Command {
 		RunE:  func(*cobra.Command, []string) error { return a.usageError("no command given after \"profile\"") },
 	}
 	profile.AddCommand(a.profileShowCommand())
-	root.AddCommand(a.runCommand(), a.profilesCommand(), profile, a.listCommand(), a.renewCommand(), a.revokeCommand(), a.checkCommand())
+	root.AddCommand(a.runCommand(), a.mountCommand(), a.profilesCommand(), profile, a.listCommand(), a.renewCommand(), a.revokeCommand(), a.checkCommand(), a.cdiCommand(), a.hookCommand())
 	return root
 }
 
@@ -163,6 +163,15 @@ func (a *app) completeProfiles(_ *cobra.Command, args []string, _ string) ([]cob
 		names = append(names, cobra.CompletionWithDesc(p.Name, p.Description))
 	}
 	return names, cobra.ShellCompDirectiveNoFileComp
+}
+
+// completeProfileFlag offers the profiles' names for --profile.
+func (a *app) completeProfileFlag(command *cobra.Command) {
+	// It fails only if there is no such flag.
+	_ = command.RegisterFlagCompletionFunc("profile",
+		func(c *cobra.Command, _ []string, word string) ([]cobra.Completion, cobra.ShellCompDirective) {
+			return a.completeProfiles(c, nil, word)
+		})
 }
 
 // printable replaces what could steer a terminal.

@@ -38,11 +38,7 @@ func (a *app) runCommand() *cobra.Command {
 	flags.SetInterspersed(false)
 	flags.StringVarP(&profile, "profile", "p", "", "the profile's name")
 	flags.BoolVar(&root, "root", false, "run as root of the new user namespace")
-	// It fails only if there is no such flag.
-	_ = command.RegisterFlagCompletionFunc("profile",
-		func(c *cobra.Command, _ []string, word string) ([]cobra.Completion, cobra.ShellCompDirective) {
-			return a.completeProfiles(c, nil, word)
-		})
+	a.completeProfileFlag(command)
 	return command
 }
 

@@ -150,17 +150,35 @@ func (c *Client) Token(ctx context.Context, profile string) (*Grant, *os.File, e
 	return grant, token, nil
 }
 
+// OpenProcess returns the pidfd of a process, which the caller closes. The error
+// is os.ErrProcessDone if there is no such process.
+func OpenProcess(pid int) (*os.File, error) {
+	pidfd, err := kernel.OpenPidFD(pid)
+	if errors.Is(err, kernel.ErrProcessGone) {
+		return nil, os.ErrProcessDone
+	}
+	return pidfd, err
+}
+
 // MountToken asks for a profile for the process that pidfd names, and has the
 // BPF file system mounted at path, an existing directory in the process's mount
 // namespace. The process makes its tokens there. The pidfd stays the caller's;
 // the grant ends with the process.
 func (c *Client) MountToken(ctx context.Context, profile string, pidfd *os.File, path string) (*Grant, error) {
+	return c.MountTokenBelow(ctx, profile, pidfd, "", path)
+}
+
+// MountTokenBelow is MountToken for a process whose root is about to change to
+// the directory root, as that of a container before its start: path is below
+// that.
+func (c *Client) MountTokenBelow(ctx context.Context, profile string, pidfd *os.File, root, path string) (*Grant, error) {
 	in := struct {
 		Profile string `json:"profile"`
 		Process int    `json:"processFileDescriptor"`
 		Path    string `json:"path"`
+		Root    string `json:"root,omitempty"`
 		interaction
-	}{profile, 0, path, c.interaction()}
+	}{profile, 0, path, root, c.interaction()}
 	var out struct {
 		Grant *Grant `json:"grant"`
 	}

@@ -10,7 +10,7 @@ mirror=${2-}
 
 # The script "sid" serves every suite since etch, so a host older than forky needs no script of forky's own.
 debootstrap --force-check-gpg --variant=minbase \
-	--include=systemd,systemd-sysv,dbus,dbus-user-session,polkitd,libpam-systemd,login,passwd,util-linux,iproute2,procps,bpftool,libbpf1 \
+	--include=systemd,systemd-sysv,dbus,dbus-user-session,polkitd,libpam-systemd,login,passwd,util-linux,iproute2,procps,bpftool,libbpf1,podman,crun,uidmap,fuse-overlayfs \
 	forky "$root" "$mirror" /usr/share/debootstrap/scripts/sid
 
 rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/* "$root"/var/log/*.log "$root"/var/log/apt

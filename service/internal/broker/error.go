@@ -37,10 +37,10 @@ var refusals = []struct {
 	name, layer, remedy string
 }{
 	{delegate.ErrInitial, "NamespaceInitial", "target", "ask from inside a user namespace of your own, as \"bpfbroker run\" does"},
-	{delegate.ErrNested, "NamespaceNested", "target", "use a user namespace that was made outside of every other"},
+	{delegate.ErrNested, "NamespaceNested", "target", "use a user namespace that is inside none but the user's own"},
 	{delegate.ErrMountNotOwned, "MountNamespaceNotOwned", "target", "make a mount namespace along with the user namespace"},
 	{delegate.ErrMoved, "ProcessGone", "target", "ask again"},
-	{kernel.ErrOwnerNotMapped, "OwnerNotMapped", "target", "map the uid that owns the user namespace into it first"},
+	{kernel.ErrOwnerNotMapped, "OwnerNotMapped", "target", "map the uid that owns the user namespace into it first, or a root"},
 	{kernel.ErrProcessGone, "ProcessGone", "target", "ask for a process that runs"},
 	{kernel.ErrNotPidFD, "NotAPidFD", "request", "pass a file descriptor from pidfd_open(2)"},
 	{kernel.ErrPathInvalid, "PathInvalid", "request", "pass an absolute path without \".\", \"..\" and double slashes"},

@@ -27,7 +27,7 @@ func TestTargetHangs(t *testing.T) {
 	t.Cleanup(server.Kill)
 	c := caller(t, alice, p)
 	begun := time.Now()
-	_, err := f.MountToken(t.Context(), c, "plain", c.Process, "/mnt/fuse/"+testtarget.FuseHang)
+	_, err := f.MountToken(t.Context(), c, "plain", c.Process, "/", "/mnt/fuse/"+testtarget.FuseHang)
 	named(t, err, "TargetHangs")
 	// One step to mount it, one to see that it isn't mounted.
 	if took := time.Since(begun); took > 12*time.Second {

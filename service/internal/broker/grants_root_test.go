@@ -57,7 +57,7 @@ func (f *fake) mounted(profileName string) (*testtarget.Process, Caller, grant.G
 	f.t.Helper()
 	p := testtarget.New(f.t, alice)
 	c := caller(f.t, alice, p)
-	g, err := f.MountToken(f.t.Context(), c, profileName, c.Process, "/mnt")
+	g, err := f.MountToken(f.t.Context(), c, profileName, c.Process, "/", "/mnt")
 	if err != nil {
 		f.t.Fatal(err)
 	}
@@ -287,7 +287,7 @@ func TestNarrowingMeanwhile(t *testing.T) {
 	f.nothingIs(p)
 
 	f.change("plain", files["plain"])
-	_, err = f.MountToken(t.Context(), c, "plain", c.Process, "/mnt")
+	_, err = f.MountToken(t.Context(), c, "plain", c.Process, "/", "/mnt")
 	named(t, err, "Busy")
 	f.nothingIs(p)
 

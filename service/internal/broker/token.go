@@ -39,13 +39,15 @@ func (b *Broker) AcquireToken(ctx context.Context, c Caller, profileName string)
 }
 
 // MountToken grants a profile to a process, and mounts the BPF file system at
-// a path in its mount namespace. The process stays the caller's.
-func (b *Broker) MountToken(ctx context.Context, c Caller, profileName string, process *kernel.Process, path string) (grant.Grant, error) {
-	if err := kernel.ValidPath(path); err != nil {
+// a path in its mount namespace. The path is below root, a directory that is to
+// become the process's root; "/" is the one that it has. The process stays the
+// caller's.
+func (b *Broker) MountToken(ctx context.Context, c Caller, profileName string, process *kernel.Process, root, path string) (grant.Grant, error) {
+	if err := errors.Join(kernel.ValidPath(root), kernel.ValidPath(path)); err != nil {
 		return grant.Grant{}, Refuse(err)
 	}
 	return b.grantToken(ctx, c, profileName, process, path, func(f *kernel.Filesystem) error {
-		return f.Attach(path)
+		return f.Attach(root, path)
 	})
 }
 

@@ -74,7 +74,7 @@ func TestMountToken(t *testing.T) {
 	// Who asks for another process needs no namespaces.
 	c := caller(t, alice, testtarget.Start(t, testtarget.Attr{UID: alice}))
 	process := processOf(t, p)
-	g, err := f.MountToken(t.Context(), c, "plain", process, "/mnt/bpf")
+	g, err := f.MountToken(t.Context(), c, "plain", process, "/", "/mnt/bpf")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -104,7 +104,7 @@ func TestRevokeUnmounted(t *testing.T) {
 	f := newFake(t)
 	p := testtarget.New(t, alice)
 	c := caller(t, alice, p)
-	g, err := f.MountToken(t.Context(), c, "plain", c.Process, "/mnt")
+	g, err := f.MountToken(t.Context(), c, "plain", c.Process, "/", "/mnt")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,7 +118,7 @@ func TestRevokeUnmounted(t *testing.T) {
 	}
 	f.nothingIs(p)
 
-	if _, err := f.MountToken(t.Context(), c, "plain", c.Process, "/mnt"); err != nil {
+	if _, err := f.MountToken(t.Context(), c, "plain", c.Process, "/", "/mnt"); err != nil {
 		t.Fatal(err)
 	}
 	p.Kill()
@@ -145,6 +145,7 @@ func TestRefused(t *testing.T) {
 	gone := processOf(t, exited)
 	exited.Kill()
 	plain := testtarget.Start(t, testtarget.Attr{UID: alice})
+	others := testtarget.NewContainer(t, alice).Start(testtarget.Attr{UID: 1})
 	c := caller(t, alice, plain)
 	target := processOf(t, own)
 	for name, test := range map[string]struct {
@@ -162,7 +163,7 @@ func TestRefused(t *testing.T) {
 		"no guard":            {"guarded", target, "/mnt", "GuardUnavailable", false},
 		"no profile, no path": {"missing", target, "mnt", "PathInvalid", false},
 		"initial":             {"plain", c.Process, "/mnt", "NamespaceInitial", false},
-		"nested":              {"plain", processOf(t, own.Start(testtarget.Attr{Namespaces: both})), "/mnt", "NamespaceNested", false},
+		"nested":              {"plain", processOf(t, others.Start(testtarget.Attr{Namespaces: both})), "/mnt", "NamespaceNested", false},
 		"the host's mounts":   {"plain", processOf(t, testtarget.NewWith(t, alice, unix.CLONE_NEWUSER, testtarget.Root)), "/mnt", "MountNamespaceNotOwned", false},
 		"exited":              {"plain", gone, "/mnt", "ProcessGone", false},
 		"an owner not mapped": {"plain", processOf(t, testtarget.NewWith(t, alice, both, testtarget.None)), "/mnt", "OwnerNotMapped", true},
@@ -180,7 +181,7 @@ func TestRefused(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			before := len(f.questions())
-			_, err := f.MountToken(t.Context(), c, test.profile, test.process, test.path)
+			_, err := f.MountToken(t.Context(), c, test.profile, test.process, "/", test.path)
 			e := named(t, err, test.want)
 			if len(e.Reason) > 5000 {
 				t.Errorf("a reason of %d bytes", len(e.Reason))
@@ -249,7 +250,7 @@ func TestAuthority(t *testing.T) {
 				time.AfterFunc(20*time.Millisecond, cancel)
 			}
 			defer cancel()
-			_, err := f.MountToken(ctx, c, "plain", c.Process, "/mnt")
+			_, err := f.MountToken(ctx, c, "plain", c.Process, "/", "/mnt")
 			e := named(t, err, test.want)
 			if strings.Contains(e.Reason, "secret") {
 				t.Errorf("the peer is told %q", e.Reason)
@@ -325,7 +326,7 @@ func TestDetails(t *testing.T) {
 			before := len(f.questions())
 			p := testtarget.New(t, int(test.owner))
 			c := caller(t, test.uid, testtarget.Start(t, testtarget.Attr{}))
-			if _, err := f.MountToken(t.Context(), c, test.profile, processOf(t, p), "/mnt"); err != nil {
+			if _, err := f.MountToken(t.Context(), c, test.profile, processOf(t, p), "/", "/mnt"); err != nil {
 				t.Fatal(err)
 			}
 			q := f.questions()[before]
@@ -424,11 +425,11 @@ func TestCrash(t *testing.T) {
 	p.Must("mkdir", "/mnt/complete")
 	p.Must("mkdir", "/mnt/pending")
 	c := caller(t, alice, p)
-	complete, err := f.MountToken(t.Context(), c, "plain", c.Process, "/mnt/complete")
+	complete, err := f.MountToken(t.Context(), c, "plain", c.Process, "/", "/mnt/complete")
 	if err != nil {
 		t.Fatal(err)
 	}
-	pending, err := f.MountToken(t.Context(), c, "plain", c.Process, "/mnt/pending")
+	pending, err := f.MountToken(t.Context(), c, "plain", c.Process, "/", "/mnt/pending")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -207,7 +207,7 @@ func (b *fakeBroker) AcquireToken(ctx context.Context, c broker.Caller, name str
 	return g, file, err
 }
 
-func (b *fakeBroker) MountToken(ctx context.Context, c broker.Caller, name string, process *kernel.Process, path string) (grant.Grant, error) {
+func (b *fakeBroker) MountToken(ctx context.Context, c broker.Caller, name string, process *kernel.Process, _, path string) (grant.Grant, error) {
 	return b.grant(ctx, c, name, path, process.PID)
 }
 

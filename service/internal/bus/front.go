@@ -60,7 +60,7 @@ type Broker interface {
 	DescribeProfile(name string) (broker.Offer, error)
 	Check(ctx context.Context, c broker.Caller) []broker.Finding
 	AcquireToken(ctx context.Context, c broker.Caller, profileName string) (grant.Grant, *os.File, error)
-	MountToken(ctx context.Context, c broker.Caller, profileName string, process *kernel.Process, path string) (grant.Grant, error)
+	MountToken(ctx context.Context, c broker.Caller, profileName string, process *kernel.Process, root, path string) (grant.Grant, error)
 	Withdraw(id grant.ID)
 	// ListGrants returns the caller's grants, or those of all users.
 	ListGrants(ctx context.Context, c broker.Caller, all bool) ([]grant.Grant, error)

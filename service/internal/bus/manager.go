@@ -46,7 +46,8 @@ func (f *Front) managerHandlers() map[string]handler {
 		"MountToken": func(ctx context.Context, r *request) ([]any, error) {
 			var profileName, path string
 			var pid uint32
-			if err := r.decodeOptions(nil, &profileName, &pid, &path); err != nil {
+			root := "/"
+			if err := r.decodeOptions(map[string]any{"root": &root}, &profileName, &pid, &path); err != nil {
 				return nil, err
 			}
 			if pid == 0 || pid > maxPID {
@@ -61,7 +62,7 @@ func (f *Front) managerHandlers() map[string]handler {
 				return nil, fmt.Errorf("cannot take the process: %w", err)
 			}
 			defer process.Close()
-			return r.handOut(b.MountToken(ctx, c, profileName, process, path))
+			return r.handOut(b.MountToken(ctx, c, profileName, process, root, path))
 		},
 
 		"ListProfiles": func(_ context.Context, r *request) ([]any, error) {

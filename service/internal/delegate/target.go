@@ -15,8 +15,8 @@ import (
 var (
 	// ErrInitial: a process in the host's own user namespace.
 	ErrInitial = errors.New("the process is in the initial user namespace")
-	// ErrNested: a namespace inside another user's or container's.
-	ErrNested = errors.New("the user namespace is not a child of the initial one")
+	// ErrNested: a namespace inside somebody else's.
+	ErrNested = errors.New("the user namespace is inside another user's")
 	// ErrMountNotOwned: a user namespace without a mount namespace of its own.
 	ErrMountNotOwned = errors.New("the process's mount namespace does not belong to its user namespace")
 	// ErrMoved: the process has left the namespaces that were checked.
@@ -44,7 +44,7 @@ func NewTarget(process *kernel.Process) (*Target, error) {
 	case err != nil:
 	case r.Initial:
 		err = ErrInitial
-	case !r.Child:
+	case !r.Unmixed:
 		err = ErrNested
 	case !r.OwnsMount:
 		err = ErrMountNotOwned

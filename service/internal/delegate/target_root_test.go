@@ -48,6 +48,7 @@ const both = unix.CLONE_NEWUSER | unix.CLONE_NEWNS
 func TestNewTarget(t *testing.T) {
 	testtarget.NoLeaks(t)
 	alice := testtarget.New(t, testtarget.Alice)
+	others := testtarget.NewContainer(t, testtarget.Alice).Start(testtarget.Attr{UID: 1})
 	exited := testtarget.New(t, testtarget.Alice)
 	held := processOf(t, exited)
 	exited.Kill()
@@ -72,8 +73,9 @@ func TestNewTarget(t *testing.T) {
 		"the broker itself":     {own, 0, ErrInitial},
 		"initial":               {processOf(t, testtarget.Start(t, testtarget.Attr{UID: testtarget.Alice})), 0, ErrInitial},
 		"initial, other mounts": {processOf(t, testtarget.Start(t, testtarget.Attr{Namespaces: unix.CLONE_NEWNS})), 0, ErrInitial},
-		"nested":                {processOf(t, alice.Start(testtarget.Attr{Namespaces: both})), 0, ErrNested},
-		"nested, mounts not":    {processOf(t, alice.Start(testtarget.Attr{Namespaces: unix.CLONE_NEWUSER})), 0, ErrNested},
+		"nested":                {processOf(t, alice.Start(testtarget.Attr{Namespaces: both})), testtarget.Alice, nil},
+		"nested, mounts not":    {processOf(t, alice.Start(testtarget.Attr{Namespaces: unix.CLONE_NEWUSER})), 0, ErrMountNotOwned},
+		"nested, another's":     {processOf(t, others.Start(testtarget.Attr{Namespaces: both})), 0, ErrNested},
 		"the host's mounts":     {processOf(t, testtarget.NewWith(t, testtarget.Alice, unix.CLONE_NEWUSER, testtarget.Root)), 0, ErrMountNotOwned},
 		"exited":                {held, 0, kernel.ErrProcessGone},
 	} {
@@ -133,7 +135,7 @@ func TestFilesystem(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer f.Close()
-		if err := f.Attach("/mnt"); err != nil {
+		if err := f.Attach("/", "/mnt"); err != nil {
 			t.Fatal(err)
 		}
 		return f.ID

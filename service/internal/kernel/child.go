@@ -66,6 +66,7 @@ type page struct {
 
 	// Arguments in memory. A call points into these.
 	name  [16]byte
+	root  [unix.PathMax]byte
 	path  [unix.PathMax]byte
 	empty [1]byte
 	how   unix.OpenHow

@@ -6,7 +6,6 @@ package kernel
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"testing"
 	"time"
@@ -43,12 +42,7 @@ func within(t *testing.T, limit time.Duration, rescue, do func()) {
 // before everything else that the test has made by then.
 func fuseTarget(t *testing.T) (p, server *testtarget.Process) {
 	t.Helper()
-	// FUSE asks nothing for ids that aren't mapped, and the helper's gid isn't
-	// usually.
-	p = testtarget.NewWith(t, testtarget.Alice, unix.CLONE_NEWUSER|unix.CLONE_NEWNS, testtarget.None)
-	p.Map("0 1000 1", fmt.Sprintf("0 1000 1\n%d %d 1", nobody, nobody))
-	p = p.Start(testtarget.Attr{})
-	p.Must("tmpfs", "/mnt")
+	p = testtarget.New(t, testtarget.Alice)
 	server = p.Start(testtarget.Attr{})
 	p.Must("mkdir", "/mnt/fuse")
 	server.Fuse("/mnt/fuse")
@@ -112,7 +106,7 @@ func TestHangingPath(t *testing.T) {
 		t.Fatal(err)
 	}
 	start := time.Now()
-	if err := f.Attach("/mnt/fuse/" + testtarget.FuseHang); !errors.Is(err, ErrTargetHangs) || time.Since(start) > 2*childTimeout {
+	if err := f.Attach("/", "/mnt/fuse/"+testtarget.FuseHang); !errors.Is(err, ErrTargetHangs) || time.Since(start) > 2*childTimeout {
 		t.Errorf("got %v after %v", err, time.Since(start))
 	}
 	// The helper waits for the server, and nobody else does.
@@ -145,10 +139,28 @@ func TestHangingPath(t *testing.T) {
 	}
 }
 
+// A container's directories can be on FUSE.
+func TestFuse(t *testing.T) {
+	testtarget.NoLeaks(t)
+	p := testtarget.New(t, testtarget.Alice)
+	server := p.Start(testtarget.Attr{})
+	p.Must("mkdir", "/mnt/fuse")
+	server.Fuse("/mnt/fuse")
+	t.Cleanup(server.Kill)
+	within(t, 4*time.Second, server.Kill, func() {
+		if err := attachOnce(namespacesOf(t, p), testtarget.Alice, "/mnt/fuse"); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // A FUSE of a user namespace is not even asked if that doesn't map the helper.
 func TestFuseDenied(t *testing.T) {
 	testtarget.NoLeaks(t)
-	p := testtarget.New(t, testtarget.Alice)
+	p := testtarget.NewWith(t, testtarget.Alice, unix.CLONE_NEWUSER|unix.CLONE_NEWNS, testtarget.None)
+	p.Map("0 1000 1", "1 1000 1") // no root's gid
+	p = p.Start(testtarget.Attr{})
+	p.Must("tmpfs", "/mnt")
 	server := p.Start(testtarget.Attr{})
 	p.Must("mkdir", "/mnt/fuse")
 	server.Fuse("/mnt/fuse")

@@ -30,7 +30,7 @@ func attachOnce(n *Namespaces, owner uint32, path string) error {
 		return err
 	}
 	defer f.Close()
-	if err := f.Attach(path); err != nil {
+	if err := f.Attach("/", path); err != nil {
 		return err
 	}
 	return Detach(n, owner, f.ID, path)
@@ -81,7 +81,7 @@ func TestStoppedHelper(t *testing.T) {
 		t.Fatal(err)
 	}
 	start := time.Now()
-	if err := f.Attach("/mnt"); !errors.Is(err, ErrTargetHangs) || time.Since(start) > 2*childTimeout {
+	if err := f.Attach("/", "/mnt"); !errors.Is(err, ErrTargetHangs) || time.Since(start) > 2*childTimeout {
 		t.Errorf("got %v after %v", err, time.Since(start))
 	}
 	if err := attachOnce(n, testtarget.Alice, "/mnt"); err != nil {

@@ -88,10 +88,20 @@ func NewProcess(pidfd *os.File) (_ *Process, err error) {
 // OpenProcess opens a process by its id, or returns ErrProcessGone. Whose process
 // that is, is only known afterwards. The caller closes it.
 func OpenProcess(pid int) (*Process, error) {
+	pidfd, err := OpenPidFD(pid)
+	if err != nil {
+		return nil, err
+	}
+	return NewProcess(pidfd)
+}
+
+// OpenPidFD opens a process by its id, or returns ErrProcessGone. The caller
+// closes the pidfd.
+func OpenPidFD(pid int) (*os.File, error) {
 	fd, err := unix.PidfdOpen(pid, 0)
 	switch err {
 	case nil:
-		return NewProcess(os.NewFile(uintptr(fd), "pidfd"))
+		return os.NewFile(uintptr(fd), "pidfd"), nil
 	case unix.ESRCH, unix.EINVAL, unix.ENOENT:
 		// A thread has the id now: EINVAL, ENOENT on newer kernels.
 		return nil, ErrProcessGone
@@ -236,8 +246,9 @@ type Relation struct {
 	Owner uint32
 	// Initial: it is the broker's own user namespace.
 	Initial bool
-	// Child: its parent is the broker's own user namespace.
-	Child bool
+	// Unmixed: it lies below the broker's own user namespace, and those
+	// between the two, if any, belong to Owner as well.
+	Unmixed bool
 	// OwnsMount: the mount namespace belongs to it.
 	OwnsMount bool
 	// Inode is the user namespace's number in nsfs.
@@ -265,13 +276,41 @@ func (n *Namespaces) Relation() (Relation, error) {
 		return r, fmt.Errorf("cannot get a user namespace's owner: %w", err)
 	}
 	r.Owner = owner
-	if r.Child, err = relative(n.user, unix.NS_GET_PARENT, own); err != nil {
-		return r, fmt.Errorf("cannot get a user namespace's parent: %w", err)
+	if r.Unmixed, err = unmixed(n.user, owner, own); err != nil {
+		return r, fmt.Errorf("cannot get a user namespace's parents: %w", err)
 	}
 	if r.OwnsMount, err = relative(n.mount, unix.NS_GET_USERNS, id); err != nil {
 		return r, fmt.Errorf("cannot get a mount namespace's owner: %w", err)
 	}
 	return r, nil
+}
+
+// unmixed says whether the user namespaces from fd's up to the wanted one, which
+// are 32 at most, belong to owner.
+func unmixed(fd int, owner uint32, want identity) (bool, error) {
+	child := fd
+	for {
+		parent, err := unix.IoctlRetInt(child, unix.NS_GET_PARENT)
+		if child != fd {
+			_ = unix.Close(child)
+		}
+		if err == unix.EPERM { // there is none below the broker's own
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		child = parent
+		id, err := identify(parent)
+		if err == nil && id != want {
+			var uid uint32
+			if uid, err = unix.IoctlGetUint32(parent, unix.NS_GET_OWNER_UID); err == nil && uid == owner {
+				continue
+			}
+		}
+		_ = unix.Close(parent)
+		return id == want, err
+	}
 }
 
 // relative says whether the namespace that request leads to is the wanted

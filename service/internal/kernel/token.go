@@ -3,6 +3,7 @@
 package kernel
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -35,9 +36,10 @@ var (
 // asked for, without having said so.
 var ErrTokenMismatch = errors.New("the kernel delegates something else than was asked for")
 
-// ErrOwnerNotMapped means that the target has no id for its own owner, so that
-// the file system's root directory can't be the owner's.
-var ErrOwnerNotMapped = errors.New("the user namespace does not map the uid that owns it")
+// ErrOwnerNotMapped means that the target has no id for its own owner, and no
+// root either, so that there is nobody whose the file system's root directory
+// could be.
+var ErrOwnerNotMapped = errors.New("the user namespace maps neither the uid that owns it nor a root")
 
 // Filesystem is a BPF file system that was made in a target and isn't mounted
 // anywhere yet. It goes with Close unless it is taken or attached before.
@@ -57,7 +59,8 @@ const bpfTokenCreate = 36 // enum bpf_cmd, Linux 6.9
 // Delegate makes a BPF file system that belongs to the namespaces' user
 // namespace and delegates d there (Linux 6.9). Its root directory belongs to
 // owner, the uid that owns the user namespace, and to nobody else, so that
-// tools can pin what they load.
+// tools can pin what they load. Where the user namespace has no id for owner, as
+// in a container with ids of its own, it belongs to the root there.
 //
 // Before that a token is made of it in the target, and what the token allows
 // is compared with d: ErrTokenMismatch. Needs CAP_SYS_ADMIN, CAP_SETUID and
@@ -76,12 +79,15 @@ func Delegate(n *Namespaces, d Delegation, owner uint32) (_ *Filesystem, err err
 	if err != nil {
 		return nil, err
 	}
-	err = configure(context, d, owner)
+	created := c.lastResult()
+	if err = configure(context, d); err == nil {
+		err = c.create(context, created, owner)
+	}
 	_ = unix.Close(context)
 	if err != nil {
 		return nil, err
 	}
-	mount, err := c.checkToken(c.lastResult(), d)
+	mount, err := c.checkToken(created, d)
 	if err != nil {
 		return nil, err
 	}
@@ -101,18 +107,21 @@ func (f *Filesystem) Take() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "bpf"), nil
 }
 
-// Attach mounts the file system at a path in the namespaces' mount namespace.
-// The path is opened with their owner's rights, and no link is followed.
-func (f *Filesystem) Attach(at string) error {
-	if err := ValidPath(at); err != nil {
+// Attach mounts the file system at a path below the directory root in the
+// namespaces' mount namespace. Both are opened with their owner's rights, and no
+// link is followed.
+func (f *Filesystem) Attach(root, at string) error {
+	if err := errors.Join(ValidPath(root), ValidPath(at)); err != nil {
+		return err
+	}
+	if err := f.c.joinGroup(); err != nil {
 		return err
 	}
 	nothing := uintptr(unsafe.Pointer(&f.c.empty))
-	_, failed, err := f.c.do(false,
-		f.c.openPath(at),
-		call{number: unix.SYS_MOVE_MOUNT, args: [6]uintptr{f.mount, nothing, 0, nothing, unix.MOVE_MOUNT_F_EMPTY_PATH | unix.MOVE_MOUNT_T_EMPTY_PATH}, from: 1, to: 2},
-	)
-	if err != nil && failed == 0 {
+	_, failed, err := f.c.do(false, append(f.c.openPath(root, at),
+		call{number: unix.SYS_MOVE_MOUNT, args: [6]uintptr{f.mount, nothing, 0, nothing, unix.MOVE_MOUNT_F_EMPTY_PATH | unix.MOVE_MOUNT_T_EMPTY_PATH}, from: 2, to: 2},
+	)...)
+	if err != nil && failed < 2 {
 		return pathError(err)
 	}
 	if err != nil {
@@ -143,9 +152,11 @@ func Detach(n *Namespaces, owner uint32, id uint64, at string) error {
 	if _, _, err = c.do(false, c.enter(owner)...); err != nil {
 		return fmt.Errorf("cannot enter the target: %w", err)
 	}
-	open := c.openPath(at)
-	if _, failed, err := c.do(false, open, c.statFrom(1)); err != nil {
-		if failed == 0 {
+	if err := c.joinGroup(); err != nil {
+		return err
+	}
+	if _, failed, err := c.do(false, append(c.openPath("/", at), c.statFrom(2))...); err != nil {
+		if failed < 2 {
 			err = pathError(err)
 		}
 		return fmt.Errorf("cannot unmount %s in the target: %w", at, err)
@@ -154,7 +165,7 @@ func Detach(n *Namespaces, owner uint32, id uint64, at string) error {
 		return ErrNotMounted
 	}
 	_, _, err = c.do(false,
-		call{number: unix.SYS_FCHDIR, args: [6]uintptr{c.calls[0].result}},
+		call{number: unix.SYS_FCHDIR, args: [6]uintptr{c.calls[1].result}},
 		call{number: unix.SYS_UMOUNT2, args: [6]uintptr{c.setName("."), unix.MNT_DETACH}},
 	)
 	if err != nil {
@@ -163,7 +174,7 @@ func Detach(n *Namespaces, owner uint32, id uint64, at string) error {
 	return nil
 }
 
-// nobody is the gid of the child in a target, where no group should help it.
+// nobody is the gid of the child on its way, where no group should help it.
 const nobody = 65534
 
 // enter is the batch that brings the child into the namespaces, as their
@@ -181,9 +192,25 @@ func (c *child) enter(owner uint32) []call {
 		undumpable,
 		{number: unix.SYS_SETNS, args: [6]uintptr{uintptr(c.user), unix.CLONE_NEWUSER}},
 		undumpable,
-		{number: unix.SYS_PRCTL, args: [6]uintptr{unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL)}},
+		deathSignal(unix.SIGKILL),
 		{number: unix.SYS_SETNS, args: [6]uintptr{uintptr(c.mount), unix.CLONE_NEWNS}},
 	}
+}
+
+// joinGroup gives the child, in the target, the gid of the target's root: a FUSE
+// of the target's, as containers have for their root directory, answers nobody
+// whose ids it can't name (EOVERFLOW, fs/fuse/dev.c). The target's root could do
+// the same. Where there is no such gid, the child stays what it is.
+func (c *child) joinGroup() error {
+	_, failed, err := c.do(false,
+		call{number: unix.SYS_SETRESGID},
+		call{number: unix.SYS_PRCTL, args: [6]uintptr{unix.PR_SET_DUMPABLE, 0}},
+		deathSignal(unix.SIGKILL),
+	)
+	if err != nil && (failed > 0 || err != unix.EINVAL) {
+		return fmt.Errorf("cannot join the target's group: %w", err)
+	}
+	return nil
 }
 
 // openFilesystem enters the namespaces and opens a file system context there,
@@ -204,25 +231,46 @@ func (c *child) openFilesystem(owner uint32) (int, error) {
 	return -1, fmt.Errorf("cannot enter the target: %w", err)
 }
 
-// configure sets the options and creates the superblock. Masks go as one
+// configure sets the options that are the same everywhere. Masks go as one
 // number each: in a list, a number overwrites what stands before it
 // (kernel/bpf/inode.c).
-func configure(context int, d Delegation, uid uint32) error {
+func configure(context int, d Delegation) error {
 	for _, option := range []struct{ key, value string }{
 		{"delegate_cmds", mask(d.Commands)},
 		{"delegate_maps", mask(d.Maps)},
 		{"delegate_progs", mask(d.Programs)},
 		{"delegate_attachs", mask(d.Attachments)},
-		{"uid", strconv.FormatUint(uint64(uid), 10)},
 		{"mode", "0700"},
 	} {
-		err := unix.FsconfigSetString(context, option.key, option.value)
-		if option.key == "uid" && err == unix.EINVAL {
-			return ErrOwnerNotMapped
-		}
-		if err != nil {
+		if err := unix.FsconfigSetString(context, option.key, option.value); err != nil {
 			return fmt.Errorf("cannot set the BPF file system's option %s: %w", option.key, err)
 		}
+	}
+	return nil
+}
+
+// create gives the file system its owner and creates the superblock. inChild is
+// the child's number of the context.
+func (c *child) create(context int, inChild uintptr, owner uint32) error {
+	err := unix.FsconfigSetString(context, "uid", strconv.FormatUint(uint64(owner), 10))
+	if err == unix.EINVAL {
+		// In there the numbers mean the root of the target. The group is for the
+		// child's capabilities, which don't count for one that has no number.
+		clear(c.root[:])
+		c.root[0] = '0'
+		set := call{number: unix.SYS_FSCONFIG, args: [6]uintptr{
+			inChild, unix.FSCONFIG_SET_STRING, c.setName("uid"), uintptr(unsafe.Pointer(&c.root))}}
+		clear(c.path[:])
+		copy(c.path[:], "gid")
+		group := set
+		group.args[2] = uintptr(unsafe.Pointer(&c.path))
+		_, _, err = c.do(false, set, group)
+	}
+	if err == unix.EINVAL {
+		return ErrOwnerNotMapped
+	}
+	if err != nil {
+		return fmt.Errorf("cannot set the BPF file system's option uid: %w", err)
 	}
 	if err := unix.FsconfigCreate(context); err != nil {
 		return fmt.Errorf("cannot create a BPF file system: %w", err)
@@ -272,15 +320,22 @@ func agrees(got, asked uint64) bool {
 	return got == asked || got == allTypes && asked&oldest == oldest
 }
 
-func (c *child) openPath(at string) call {
+// openPath opens a directory, and with the second call a path below it, which
+// are valid for ValidPath.
+func (c *child) openPath(root, at string) []call {
+	clear(c.root[:])
+	copy(c.root[:], root)
 	clear(c.path[:])
-	copy(c.path[:], at)
+	copy(c.path[:], cmp.Or(at[1:], "."))
 	c.how = unix.OpenHow{
 		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC,
 		Resolve: unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS,
 	}
-	return call{number: unix.SYS_OPENAT2, args: [6]uintptr{
-		^uintptr(0), uintptr(unsafe.Pointer(&c.path)), uintptr(unsafe.Pointer(&c.how)), unsafe.Sizeof(c.how)}}
+	how := uintptr(unsafe.Pointer(&c.how))
+	return []call{
+		{number: unix.SYS_OPENAT2, args: [6]uintptr{^uintptr(0), uintptr(unsafe.Pointer(&c.root)), how, unsafe.Sizeof(c.how)}},
+		{number: unix.SYS_OPENAT2, args: [6]uintptr{0, uintptr(unsafe.Pointer(&c.path)), how, unsafe.Sizeof(c.how)}, from: 1, to: 0},
+	}
 }
 
 // statFrom asks for the unique number of the mount that the result of the
@@ -311,7 +366,7 @@ func pathError(err error) error {
 	case unix.ENOTDIR:
 		return ErrPathNotDirectory
 	case unix.EACCES, unix.EPERM, unix.EOVERFLOW:
-		// EOVERFLOW: FUSE in a user namespace that doesn't map the helper's gid.
+		// EOVERFLOW: FUSE in a user namespace that has no id for the helper's.
 		return ErrPathDenied
 	}
 	return err

@@ -45,24 +45,27 @@ func TestNamespaces(t *testing.T) {
 	initial := testtarget.Start(t, testtarget.Attr{UID: testtarget.Alice})
 	target := testtarget.New(t, testtarget.Alice)
 	nested := target.Start(testtarget.Attr{Namespaces: both})
+	others := testtarget.NewContainer(t, testtarget.Alice).Start(testtarget.Attr{UID: 1}).Start(testtarget.Attr{Namespaces: both})
 	for name, test := range map[string]struct {
 		process *testtarget.Process
 		want    Relation
 	}{
 		"initial":                 {initial, Relation{Initial: true}},
 		"initial, own mounts":     {testtarget.Start(t, testtarget.Attr{Namespaces: unix.CLONE_NEWNS}), Relation{Initial: true}},
-		"alice's":                 {target, Relation{Owner: testtarget.Alice, Child: true, OwnsMount: true}},
-		"alice's, uid kept":       {testtarget.NewWith(t, testtarget.Alice, both, testtarget.Same), Relation{Owner: testtarget.Alice, Child: true, OwnsMount: true}},
-		"alice's, no ids":         {testtarget.NewWith(t, testtarget.Alice, both, testtarget.None), Relation{Owner: testtarget.Alice, Child: true, OwnsMount: true}},
-		"alice's, host's mounts":  {testtarget.NewWith(t, testtarget.Alice, unix.CLONE_NEWUSER, testtarget.Root), Relation{Owner: testtarget.Alice, Child: true}},
-		"bob's":                   {testtarget.New(t, testtarget.Bob), Relation{Owner: testtarget.Bob, Child: true, OwnsMount: true}},
-		"root's":                  {testtarget.New(t, 0), Relation{Owner: 0, Child: true, OwnsMount: true}},
-		"root's for alice":        {testtarget.Start(t, testtarget.Attr{Namespaces: both, Mapping: testtarget.None}), Relation{Child: true, OwnsMount: true}},
-		"nested":                  {nested, Relation{Owner: testtarget.Alice, OwnsMount: true}},
-		"nested, parent's mounts": {target.Start(testtarget.Attr{Namespaces: unix.CLONE_NEWUSER}), Relation{Owner: testtarget.Alice}},
-		"nested in nested":        {nested.Start(testtarget.Attr{Namespaces: both}), Relation{Owner: testtarget.Alice, OwnsMount: true}},
-		"beside in a namespace":   {target.Start(testtarget.Attr{}), Relation{Owner: testtarget.Alice, Child: true, OwnsMount: true}},
-		"own mounts in alice's":   {target.Start(testtarget.Attr{Namespaces: unix.CLONE_NEWNS}), Relation{Owner: testtarget.Alice, Child: true, OwnsMount: true}},
+		"alice's":                 {target, Relation{Owner: testtarget.Alice, Unmixed: true, OwnsMount: true}},
+		"alice's, uid kept":       {testtarget.NewWith(t, testtarget.Alice, both, testtarget.Same), Relation{Owner: testtarget.Alice, Unmixed: true, OwnsMount: true}},
+		"alice's, no ids":         {testtarget.NewWith(t, testtarget.Alice, both, testtarget.None), Relation{Owner: testtarget.Alice, Unmixed: true, OwnsMount: true}},
+		"alice's, host's mounts":  {testtarget.NewWith(t, testtarget.Alice, unix.CLONE_NEWUSER, testtarget.Root), Relation{Owner: testtarget.Alice, Unmixed: true}},
+		"bob's":                   {testtarget.New(t, testtarget.Bob), Relation{Owner: testtarget.Bob, Unmixed: true, OwnsMount: true}},
+		"root's":                  {testtarget.New(t, 0), Relation{Owner: 0, Unmixed: true, OwnsMount: true}},
+		"root's for alice":        {testtarget.Start(t, testtarget.Attr{Namespaces: both, Mapping: testtarget.None}), Relation{Unmixed: true, OwnsMount: true}},
+		"nested":                  {nested, Relation{Owner: testtarget.Alice, Unmixed: true, OwnsMount: true}},
+		"nested, parent's mounts": {target.Start(testtarget.Attr{Namespaces: unix.CLONE_NEWUSER}), Relation{Owner: testtarget.Alice, Unmixed: true}},
+		"nested in nested":        {nested.Start(testtarget.Attr{Namespaces: both}), Relation{Owner: testtarget.Alice, Unmixed: true, OwnsMount: true}},
+		"another's in alice's":    {others, Relation{Owner: testtarget.Subordinate, OwnsMount: true}},
+		"nested in another's":     {others.Start(testtarget.Attr{Namespaces: both}), Relation{Owner: testtarget.Subordinate, OwnsMount: true}},
+		"beside in a namespace":   {target.Start(testtarget.Attr{}), Relation{Owner: testtarget.Alice, Unmixed: true, OwnsMount: true}},
+		"own mounts in alice's":   {target.Start(testtarget.Attr{Namespaces: unix.CLONE_NEWNS}), Relation{Owner: testtarget.Alice, Unmixed: true, OwnsMount: true}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := namespacesOf(t, test.process).Relation()
@@ -343,12 +346,12 @@ func TestAttach(t *testing.T) {
 		filepath.Join(private, "group/in"): ErrPathDenied,
 		"/" + strings.Repeat("a", 300):     ErrPathInvalid,
 	} {
-		if err := f.Attach(path); !errors.Is(err, want) {
+		if err := f.Attach("/", path); !errors.Is(err, want) {
 			t.Errorf("%.80s: got %v, want %v", path, err, want)
 		}
 	}
 	for _, path := range invalidPaths {
-		if err := f.Attach(path); !errors.Is(err, ErrPathInvalid) {
+		if err := f.Attach("/", path); !errors.Is(err, ErrPathInvalid) {
 			t.Errorf("%.80q: got %v", path, err)
 		}
 	}
@@ -359,7 +362,7 @@ func TestAttach(t *testing.T) {
 	host := len(ownMounts(t))
 	for _, path := range []string{"/mnt/dir/sub", "/mnt/closed", "/mnt", "/", filepath.Join(private, "open/in"), "/sys"} {
 		f := delegated(t, n, testtarget.Alice)
-		if err := f.Attach(path); err != nil {
+		if err := f.Attach("/", path); err != nil {
 			t.Errorf("%s: %v", path, err)
 			continue
 		}
@@ -398,7 +401,7 @@ func TestDetach(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer f.Close()
-		if err := f.Attach(dir); err != nil {
+		if err := f.Attach("/", dir); err != nil {
 			t.Fatal(err)
 		}
 		return f.ID
@@ -462,5 +465,38 @@ func TestDetach(t *testing.T) {
 	}
 	if err := Detach(n, testtarget.Alice, fourth, "/mnt/fourth"); !errors.Is(err, ErrNotMounted) {
 		t.Errorf("twice: got %v", err)
+	}
+}
+
+// A container with ids of its own, none of which is its owner's, has a root.
+func TestContainer(t *testing.T) {
+	testtarget.NoLeaks(t)
+	root := testtarget.NewContainer(t, testtarget.Alice).
+		Start(testtarget.Attr{Namespaces: unix.CLONE_NEWUSER | unix.CLONE_NEWNS, Mapping: testtarget.Others})
+	root.Must("tmpfs", "/mnt")
+	root.Must("mkdir", "/mnt/root")
+	root.Must("mkdir", "/mnt/root/bpf")
+	n := namespacesOf(t, root)
+	f := delegated(t, n, testtarget.Alice)
+	for place, want := range map[[2]string]error{
+		{"/mnt/root", "/mnt/root/bpf"}: ErrPathNotFound,
+		{"/mnt/rot", "/bpf"}:           ErrPathNotFound,
+		{"/mnt/root", "/../root/bpf"}:  ErrPathInvalid,
+		{"mnt/root", "/bpf"}:           ErrPathInvalid,
+		{"", "/bpf"}:                   ErrPathInvalid,
+	} {
+		if err := f.Attach(place[0], place[1]); !errors.Is(err, want) {
+			t.Errorf("%q: got %v", place, err)
+		}
+	}
+	if err := f.Attach("/mnt/root", "/bpf"); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{"/mnt/root/bpf"}, root.Mounted("bpf")); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	root.Must("mkdir", "/mnt/root/bpf/pinned")
+	if err := Detach(n, testtarget.Alice, f.ID, "/mnt/root/bpf"); err != nil {
+		t.Error(err)
 	}
 }

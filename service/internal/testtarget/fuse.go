@@ -50,7 +50,7 @@ func fuse(args []string, files []*os.File) (string, []*os.File, error) {
 	if err != nil {
 		return "", nil, err
 	}
-	options := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other", fd)
+	options := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=%d,allow_other", fd, os.Getgid())
 	err = unix.Mount("fuse", args[0], "fuse", 0, options)
 	go serveFuse(fd)
 	return "", nil, err

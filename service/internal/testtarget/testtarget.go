@@ -39,6 +39,9 @@ const (
 	Same
 	// None leaves the namespace without ids.
 	None
+	// Others maps uid 1, of a process in a container, to uid 0, as for a
+	// container that has no id of its owner's.
+	Others
 )
 
 // Attr is how a process differs from the one that starts it.
@@ -127,6 +130,20 @@ func NewWith(t testing.TB, user int, namespaces uintptr, mapping Mapping) *Proce
 		return Start(t, Attr{Namespaces: namespaces, Mapping: mapping})
 	}
 	return Start(t, Attr{UID: user}).Start(Attr{Namespaces: namespaces, Mapping: mapping})
+}
+
+// Subordinate is the uid, and gid, that is 1 in a container of NewContainer's.
+const Subordinate = 100000
+
+// NewContainer starts a process in a user and a mount namespace of the user's
+// own, with ids as rootless containers have them: root is the user, and there
+// are others after that.
+func NewContainer(t testing.TB, user int) *Process {
+	t.Helper()
+	p := NewWith(t, user, unix.CLONE_NEWUSER|unix.CLONE_NEWNS, None)
+	ids := fmt.Sprintf("0 %d 1\n1 %d 65536", user, Subordinate)
+	p.Map(ids, ids)
+	return p.Start(Attr{})
 }
 
 // Start starts a process from the test's own. It ends with the test.
@@ -280,8 +297,12 @@ func start(a Attr) (_ *exec.Cmd, socket, pidfd *os.File, err error) {
 	if a.Namespaces&unix.CLONE_NEWUSER != 0 && a.Mapping != None {
 		uid, gid := os.Geteuid(), os.Getegid()
 		insideUID, insideGID := uid, gid
-		if a.Mapping == Root {
+		switch a.Mapping {
+		case Root:
 			insideUID, insideGID = 0, 0
+		case Others:
+			uid, gid, insideUID, insideGID = 1, 1, 0, 0
+			cmd.SysProcAttr.Credential = &syscall.Credential{NoSetGroups: true}
 		}
 		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: insideUID, HostID: uid, Size: 1}}
 		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: insideGID, HostID: gid, Size: 1}}

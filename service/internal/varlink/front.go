@@ -3,6 +3,7 @@
 package varlink
 
 import (
+	"cmp"
 	"context"
 	_ "embed"
 	"encoding/json"
@@ -105,6 +106,7 @@ func handlers(b *broker.Broker) map[string]handler {
 				Profile     string `json:"profile"`
 				Process     int    `json:"processFileDescriptor"`
 				Path        string `json:"path"`
+				Root        string `json:"root,omitempty"`
 				Interactive bool   `json:"allowInteractiveAuthentication,omitempty"`
 			}
 			if err := call.Decode(&in); err != nil {
@@ -119,7 +121,7 @@ func handlers(b *broker.Broker) map[string]handler {
 				return nil, refusal(fmt.Errorf("cannot take the process: %w", err))
 			}
 			defer process.Close()
-			g, err := b.MountToken(ctx, broker.Caller{Peer: p, Interactive: in.Interactive}, in.Profile, process, in.Path)
+			g, err := b.MountToken(ctx, broker.Caller{Peer: p, Interactive: in.Interactive}, in.Profile, process, cmp.Or(in.Root, "/"), in.Path)
 			if err != nil {
 				return nil, refusal(err)
 			}
