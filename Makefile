@@ -33,11 +33,12 @@ FORCE:
 $(BUILD)/%: FORCE
 	$(GOBUILD) -o $@ ./cmd/$*
 
-$(BUILD)/%.service: units/%.service.in Makefile
+# PREFIX may have changed, too.
+$(BUILD)/%.service: units/%.service.in FORCE
 	mkdir -p $(BUILD)
 	sed 's|@BINDIR@|$(BINDIR)|; s|@LIBEXECDIR@|$(LIBEXECDIR)|' $< >$@
 
-$(BUILD)/%.json: packaging/oci/%.json.in Makefile
+$(BUILD)/%.json: packaging/oci/%.json.in FORCE
 	mkdir -p $(BUILD)
 	sed 's|@BINDIR@|$(BINDIR)|' $< >$@
 

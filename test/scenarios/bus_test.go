@@ -62,7 +62,7 @@ func TestSameRefusals(t *testing.T) {
 	leavesNothing(t)
 	_, bobs := start(t, "bob", "exec unshare -Urm bash -c 'echo $$; exec sleep 60'")
 	bobs = strings.TrimSpace(bobs)
-	_, nested := start(t, "alice", "exec unshare -Urm unshare -Urm bash -c 'echo $$; exec sleep 60'")
+	_, nested := start(t, "alice", "exec "+othersNamespace)
 	nested = strings.TrimSpace(nested)
 	_, shared := start(t, "alice", "exec unshare -Ur bash -c 'echo $$; exec sleep 60'")
 	shared = strings.TrimSpace(shared)

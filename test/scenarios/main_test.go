@@ -26,7 +26,11 @@ const (
 	object = "/usr/local/lib/count.bpf.o"
 )
 
-var machine *machines.Machine
+var (
+	machine *machines.Machine
+	// machineContext is for what no test's end is to stop.
+	machineContext context.Context
+)
 
 func TestMain(m *testing.M) {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
@@ -40,6 +44,7 @@ func TestMain(m *testing.M) {
 }
 
 func testMain(ctx context.Context, m *testing.M) (code int, err error) {
+	machineContext = ctx
 	machine, err = machines.Boot(ctx, machines.Product(ctx))
 	if err != nil {
 		return 1, err
