@@ -110,7 +110,7 @@ func TestCommandLine(t *testing.T) {
 	if out, err := exec.Command("go", "build", "-o", program, "../../cmd/bpfbroker").CombinedOutput(); err != nil {
 		t.Fatalf("cannot build: %v\n%s", err, out)
 	}
-	for _, command := range []string{"", "run", "profiles", "profile", "profile show", "list", "renew", "revoke", "check"} {
+	for _, command := range []string{"", "run", "profiles", "profile", "profile show", "list", "renew", "revoke", "check", "mount", "cdi"} {
 		help, err := exec.Command(program, append(strings.Fields(command), "--help")...).Output()
 		if err != nil {
 			t.Fatal(err)

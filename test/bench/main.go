@@ -52,7 +52,7 @@ func run(ctx context.Context) (err error) {
 	b := &bench{Machine: machine}
 	var figures []figure
 	for _, measure := range []func(context.Context) ([]figure, error){
-		b.token, b.unit, b.command, b.activation, b.crowd, b.bus, b.many, b.list,
+		b.token, b.unit, b.command, b.activation, b.container, b.crowd, b.bus, b.many, b.list,
 	} {
 		measured, err := measure(ctx)
 		if err != nil {

@@ -126,6 +126,13 @@ func TestContainerOfAnother(t *testing.T) {
 	refused(t, "alice", "bpfbroker mount -p network --pid "+strings.TrimSpace(nested), 1, "inside another user's")
 }
 
+// What is inside one's own namespace is one's own, for bpfbroker run too.
+func TestNamespaceInside(t *testing.T) {
+	leavesNothing(t)
+	must(t, "alice", "unshare -Urm unshare -Urm ebpf-example 2>/dev/null && exit 1; unshare -Urm bpfbroker run -p network -- ebpf-example")
+	must(t, "alice", "unshare -Urm bpfbroker check | grep '^user namespaces *ok'")
+}
+
 // othersNamespace runs a shell in a user namespace that belongs to another uid
 // than the one around it.
 const othersNamespace = "unshare -Um --map-root-user --map-auto setpriv --reuid 5 --regid 5 --clear-groups unshare -Urm bash -c 'echo $$; exec sleep 60'"

@@ -147,7 +147,7 @@ func TestUserServiceStatus(t *testing.T) {
 		"true": 0, "bash -c 'exit 7'": 7, "~/broken": 126, "/no/such/program": 127, "ebpf-example": 0,
 		"bash -c 'test $(ulimit -n):$(ulimit -Hn) = 321:654'":                           0,
 		"bash -c '! test -v LISTEN_PID && test $SYSTEMD_EXEC_PID = $$'":                 0,
-		"bash -c 'bpfbroker run -p network -- bash -c \"exit 5\" 2>/dev/null; exit $?'": 1, // nested
+		"bash -c 'bpfbroker run -p network -- bash -c \"exit 5\" 2>/dev/null; exit $?'": 5, // nested
 		"grep SigIgn:.0000000000001000 /proc/self/status":                               0,
 	} {
 		if r := run(t, "alice", strings.Replace(fmt.Sprintf(service, "status"), "-p ", "-p LimitNOFILE=321:654 -p ", 1)+"bpfbroker run -p network -- "+command); r.code != want {
@@ -162,9 +162,9 @@ func TestUserServiceStatus(t *testing.T) {
 			t.Errorf("%s: %+v, want exit status %d", command, r, want)
 		}
 	}
-	// What needs a user namespace of the manager's making is in one already.
+	// What has a user namespace of the manager's making gets one inside that.
 	sandboxed := strings.Replace(fmt.Sprintf(service, "status"), "-p ", "-p PrivateUsers=yes -p ", 1)
-	refused(t, "alice", sandboxed+"bpfbroker run -p network -- true", 1, "(target)")
+	must(t, "alice", sandboxed+"bpfbroker run -p network -- ebpf-example")
 	r := run(t, "alice", strings.Replace(fmt.Sprintf(service, "status"), "-p NotifyAccess=main", "", 1)+"bpfbroker run -p network -- bash -c 'exit 7'")
 	if r.code != 7 {
 		t.Errorf("without a manager that listens: %+v", r)

@@ -317,7 +317,7 @@ func TestNarrowingWhileItIsMade(t *testing.T) {
 	p := testtarget.New(t, alice)
 	c := caller(t, alice, p)
 	_, err := f.grantToken(t.Context(), c, "plain", c.Process, "/mnt", func(fs *kernel.Filesystem) error {
-		if err := fs.Attach("/mnt"); err != nil {
+		if err := fs.Attach("/", "/mnt"); err != nil {
 			return err
 		}
 		f.change("plain", strings.Replace(files["plain"], "lru_hash", "hash", 1))
