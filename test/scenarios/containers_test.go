@@ -102,6 +102,10 @@ func TestContainerMount(t *testing.T) {
 	// Another place, and nobody else's business.
 	must(t, "alice", exec+"mkdir -p /tmp/bpf && "+mount+pid+" --path /tmp/bpf")
 	must(t, "alice", podman+"exec --env LIBBPF_BPF_TOKEN_PATH=/tmp/bpf running bpftool prog load "+object+" /tmp/bpf/count")
+	must(t, "alice", manager+"MountToken susa{sv} network "+pid+" /bpf 1 root s /tmp")
+	if n := must(t, "root", "grep -c ' /tmp/bpf .* - bpf ' /proc/"+pid+"/mountinfo"); n != "2\n" {
+		t.Errorf("%s mounts below a root that was given, want the second", n)
+	}
 	refused(t, "bob", mount+pid, 77, "the user namespace belongs to uid 1000")
 	if r := run(t, "bob", "nsenter -t "+pid+" -U -m true"); r.code == 0 {
 		t.Error("bob enters alice's container")

@@ -139,7 +139,7 @@ func TestHangingPath(t *testing.T) {
 	}
 }
 
-// A container's directories can be on FUSE.
+// A container's directories can be on FUSE, which answers the helper.
 func TestFuse(t *testing.T) {
 	testtarget.NoLeaks(t)
 	p := testtarget.New(t, testtarget.Alice)
@@ -147,11 +147,13 @@ func TestFuse(t *testing.T) {
 	p.Must("mkdir", "/mnt/fuse")
 	server.Fuse("/mnt/fuse")
 	t.Cleanup(server.Kill)
-	within(t, 4*time.Second, server.Kill, func() {
-		if err := attachOnce(namespacesOf(t, p), testtarget.Alice, "/mnt/fuse"); err != nil {
-			t.Error(err)
-		}
-	})
+	for path, want := range map[string]error{"/mnt/fuse": nil, "/mnt/fuse/" + testtarget.FuseFile: ErrPathNotDirectory} {
+		within(t, 4*time.Second, server.Kill, func() {
+			if err := attachOnce(namespacesOf(t, p), testtarget.Alice, path); !errors.Is(err, want) {
+				t.Errorf("%s: got %v", path, err)
+			}
+		})
+	}
 }
 
 // A FUSE of a user namespace is not even asked if that doesn't map the helper.
