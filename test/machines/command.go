@@ -14,56 +14,86 @@ import (
 	"strings"
 	"sync"
 	"syscall"
-)
 
-// What login sets PATH to, in Debian.
-const (
-	rootPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-	userPath = "/usr/local/bin:/usr/bin:/bin:/usr/local/games:/usr/games"
+	"github.com/bpfbroker/bpfbroker/test/machines/internal/agent"
 )
 
 // Command returns a command for user of the machine, with the user's groups and a clean environment, in "/". It belongs to
 // a system service and to no session, like a cron job; see Login for the other. The exit code is the command's own, 127 if
 // there is no such program. What it starts ends with it only if it sees to that. Cancelling ctx kills the command.
-// If the user doesn't exist, the command's Err says so.
+// If the user doesn't exist, the command fails.
 func (m *Machine) Command(ctx context.Context, user string, name string, args ...string) *exec.Cmd {
 	return m.command(ctx, m.commands, user, nil, name, args)
 }
 
 // command returns a command that runs in the given control group, with env added to the user's environment.
-func (m *Machine) command(ctx context.Context, group *os.File, user string, env []string, name string, args []string) *exec.Cmd {
-	// Few programs, as each costs a millisecond: root needs no change of user.
-	line := []string{"--target", strconv.Itoa(m.leader), "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--"}
-	account, err := m.account(user)
-	if user != "root" {
-		line = append(line, "setpriv", "--reuid", account.uid, "--regid", account.gid, "--init-groups", "--inh-caps=-all", "--")
+func (m *Machine) command(ctx context.Context, group commandGroup, user string, env []string, name string, args []string) *exec.Cmd {
+	line := append([]string{name}, args...)
+	var cmd *exec.Cmd
+	if m.emulated {
+		cmd = m.emulatedCommand(ctx, agent.Command{User: user, Group: group.path, Env: env, Line: line})
+	} else {
+		cmd = m.containedCommand(ctx, group, user, env, line)
 	}
-	cmd := exec.CommandContext(ctx, "nsenter", append(append(line, name), args...)...)
-	path := userPath
-	if user == "root" {
-		path = rootPath
-	}
-	cmd.Env = append([]string{
-		"PATH=" + path, "LANG=C.UTF-8", "USER=" + user, "LOGNAME=" + user, "HOME=" + account.home, "SHELL=" + account.shell,
-	}, env...)
 	cmd.Dir = "/"
 	cmd.Cancel = func() error { return Signal(cmd, syscall.SIGKILL) }
 	cmd.WaitDelay = closeTime // what the command started may hold its output open for good
 	select {
 	case <-m.ended:
-		err = errors.New("the test machine is closed")
+		cmd.Err = errors.New("the test machine is closed")
 	default:
 	}
-	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(group.Fd())}
+	return cmd
+}
+
+// containedCommand returns a process that enters a container and is the command there.
+func (m *Machine) containedCommand(ctx context.Context, group commandGroup, user string, env, command []string) *exec.Cmd {
+	// Few programs, as each costs a millisecond: root needs no change of user.
+	line := []string{"--target", strconv.Itoa(m.leader), "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--"}
+	account, err := m.account(user)
+	if user != "root" {
+		line = append(line, "setpriv", "--reuid", strconv.Itoa(int(account.UID)), "--regid", strconv.Itoa(int(account.GID)),
+			"--init-groups", "--inh-caps=-all", "--")
+	}
+	cmd := exec.CommandContext(ctx, "nsenter", append(line, command...)...)
+	cmd.Env = append(account.Env(), env...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(group.dir.Fd())}
 	if err != nil {
 		cmd.Err = err
 	}
 	return cmd
 }
 
+// commandGroup is a control group of the machine's.
+type commandGroup struct {
+	path string
+	dir  *os.File // which an emulated machine's has not
+}
+
+// openGroup returns the control group at a path below the machine's /sys/fs/cgroup.
+func (m *Machine) openGroup(path string) (group commandGroup, err error) {
+	group.path = path
+	if !m.emulated {
+		group.dir, err = os.Open(m.inside("/sys/fs/cgroup" + path))
+	}
+	return group, err
+}
+
+func (g commandGroup) close() {
+	if g.dir != nil {
+		g.dir.Close()
+	}
+}
+
 // Signal sends a signal to the program that a started command of a machine runs. The command's own Process is not that
 // program: it waits for it on the host.
 func Signal(cmd *exec.Cmd, signal syscall.Signal) error {
+	if cmd.Args[0] == commandName {
+		if signal == syscall.SIGKILL {
+			signal = agent.Kill
+		}
+		return cmd.Process.Signal(signal) // which passes it on
+	}
 	pid := strconv.Itoa(cmd.Process.Pid)
 	children, err := os.ReadFile(filepath.Join("/proc", pid, "task", pid, "children"))
 	if err != nil {
@@ -81,24 +111,13 @@ func Signal(cmd *exec.Cmd, signal syscall.Signal) error {
 	return syscall.Kill(number, signal)
 }
 
-// account is what the machine knows of a user.
-type account struct {
-	uid, gid, home, shell string
-}
-
-// account looks a user up in the machine's passwd(5) file.
-func (m *Machine) account(user string) (account, error) {
+// account looks a user of a container up.
+func (m *Machine) account(user string) (agent.Account, error) {
 	data, err := os.ReadFile(m.inside("/etc/passwd"))
 	if err != nil {
-		return account{}, err
+		return agent.Account{}, err
 	}
-	for line := range strings.Lines(string(data)) {
-		fields := strings.Split(strings.TrimSuffix(line, "\n"), ":")
-		if len(fields) == 7 && fields[0] == user {
-			return account{uid: fields[2], gid: fields[3], home: fields[5], shell: fields[6]}, nil
-		}
-	}
-	return account{}, fmt.Errorf("the test machine has no user %q", user)
+	return agent.FindAccount(data, user)
 }
 
 // output runs a command as the machine's root and returns its standard output, or an error with its standard error.
@@ -152,7 +171,7 @@ type Session struct {
 	machine *Machine
 	user    string
 	unit    string
-	group   *os.File
+	group   commandGroup
 	env     []string
 }
 
@@ -169,7 +188,11 @@ func (m *Machine) Login(ctx context.Context, user string) (*Session, error) {
 // open starts the session's leader and finds the session that logind made for it.
 func (s *Session) open(ctx context.Context) error {
 	m := s.machine
-	account, err := m.account(s.user)
+	passwd, err := m.ReadFile(ctx, "/etc/passwd")
+	if err != nil {
+		return err
+	}
+	account, err := agent.FindAccount(passwd, s.user)
 	if err != nil {
 		return err
 	}
@@ -195,12 +218,12 @@ func (s *Session) open(ctx context.Context) error {
 	if _, err := m.output(ctx, nil, "loginctl", "activate", id); err != nil {
 		return err
 	}
-	runtimeDir := "/run/user/" + account.uid
+	runtimeDir := "/run/user/" + strconv.Itoa(int(account.UID))
 	s.env = []string{
 		"XDG_SESSION_ID=" + id, "XDG_SEAT=seat0", "XDG_RUNTIME_DIR=" + runtimeDir,
 		"DBUS_SESSION_BUS_ADDRESS=unix:path=" + runtimeDir + "/bus",
 	}
-	s.group, err = os.Open(m.inside("/sys/fs/cgroup" + group))
+	s.group, err = m.openGroup(group)
 	return err
 }
 
@@ -211,9 +234,7 @@ func (s *Session) Command(ctx context.Context, name string, args ...string) *exe
 
 // Close ends the session and what runs in it.
 func (s *Session) Close(ctx context.Context) error {
-	if s.group != nil {
-		s.group.Close()
-	}
+	s.group.close()
 	_, err := s.machine.output(ctx, nil, "systemctl", "stop", s.unit)
 	return err
 }

@@ -19,10 +19,15 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/bpfbroker/bpfbroker/test/machines/internal/agent"
 )
 
 // closeTime is what a machine has to shut down in before it is killed.
 const closeTime = 10 * time.Second
+
+// bootTime is what a machine has to boot in.
+const bootTime = 5 * time.Minute
 
 // running counts the machines of this process, for their names.
 var running atomic.Int64
@@ -32,18 +37,23 @@ type Options struct {
 	// Install puts files into the machine's root before it boots; nil puts nothing. The mounts behind root exist only for
 	// the thread that Install is called on and for the programs it starts: it may not touch root from another goroutine.
 	Install func(root string) error
+	// Kernel is the version of a kernel of Debian's that the machine is to run, see Kernel; "" is the host's kernel.
+	Kernel string
 }
 
-// Machine is a booted system. It has a mount, process, network, IPC and UTS namespace and a control group of its own; the
-// kernel, with its settings, its BPF objects and its log, is the host's. Its methods may be used from several goroutines.
+// Machine is a booted system. Its methods may be used from several goroutines. It is a container, with a mount, process,
+// network, IPC and UTS namespace and a control group of its own; the kernel, with its settings, its BPF objects and its log,
+// is the host's. Or, with a kernel of its own, it is an emulated machine with one processor, 2 GiB of memory and no network:
+// nothing that happens in it reaches the host, and all of it takes ten times as long.
 type Machine struct {
 	root     *os.File // the common root, held as long as the machine uses it
 	name     string
+	emulated bool
 	leader   int
 	init     *os.Process // what leader is the number of
 	console  console
-	commands *os.File // directory of the control group that Command's processes belong to
-	alive    *os.File // nothing is written to it: its end tells the machine that this process has ended
+	commands commandGroup // that Command's processes belong to
+	alive    *os.File     // nothing is written to it: its end tells the machine that this process has ended
 	stop     context.CancelFunc
 	closed   sync.Once
 	ended    chan struct{} // closed when the machine is down and all of it is removed
@@ -58,46 +68,55 @@ func Boot(ctx context.Context, options Options) (*Machine, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := needTools("systemd-nspawn", "nsenter"); err != nil {
-		root.Close()
-		return nil, err
-	}
 	life, stop := context.WithCancel(ctx)
 	m := &Machine{
-		root:  root,
-		name:  fmt.Sprintf("bpfbroker-%d-%d", os.Getpid(), running.Add(1)),
-		stop:  stop,
-		ended: make(chan struct{}),
+		root:     root,
+		name:     fmt.Sprintf("bpfbroker-%d-%d", os.Getpid(), running.Add(1)),
+		emulated: options.Kernel != "",
+		commands: commandGroup{path: "/system.slice/machine-command.service"},
+		stop:     stop,
+		ended:    make(chan struct{}),
+	}
+	run := m.contain
+	if m.emulated {
+		run = m.emulate
 	}
 	ready := make(chan error, 1)
 	go func() {
 		// Never unlocked: the thread has namespaces of its own and ends with this goroutine. As long as it lives, so does
-		// nspawn (Pdeathsig).
+		// nspawn, or QEMU (Pdeathsig).
 		runtime.LockOSThread()
 		defer close(m.ended)
 		defer root.Close()
 		defer stop()
-		m.err = m.run(life, options, ready)
+		m.err = run(life, options, ready)
 	}()
 
+	booting, cancel := context.WithTimeout(ctx, bootTime)
+	defer cancel()
 	select {
 	case err = <-ready:
 	case <-m.ended:
 		err = errors.New("it ended before its boot had finished")
+	case <-booting.Done():
+		err = fmt.Errorf("its boot has not finished: %w", booting.Err())
 	}
 	if err == nil {
-		err = m.settle(ctx)
+		err = m.settle(booting)
 	}
 	if err != nil {
 		err = errors.Join(ctx.Err(), err, m.Close())
-		return nil, fmt.Errorf("cannot boot the test machine: %w\n%s", err, lastLines(m.console.String(), 40))
+		return nil, fmt.Errorf("cannot boot the test machine: %w\n%s", err, lastLines(m.console.String(), 80))
 	}
 	return m, nil
 }
 
-// run brings the machine up, sends to ready when its init says that the boot has finished, and returns when nothing of the
-// machine is left. It needs a thread of its own.
-func (m *Machine) run(ctx context.Context, options Options, ready chan<- error) error {
+// contain brings the machine up, sends to ready when its init says that the boot has finished, and returns when nothing of
+// the machine is left. It needs a thread of its own.
+func (m *Machine) contain(ctx context.Context, options Options, ready chan<- error) error {
+	if err := needTools("systemd-nspawn", "nsenter"); err != nil {
+		return err
+	}
 	dir := filepath.Join(filepath.Dir(m.root.Name()), "machine")
 	if err := m.mountRoot(dir); err != nil {
 		return err
@@ -136,7 +155,7 @@ func (m *Machine) run(ctx context.Context, options Options, ready chan<- error) 
 
 	cmd := exec.CommandContext(ctx, "systemd-nspawn", args...)
 	cmd.Env = []string{
-		"PATH=" + rootPath, "LANG=C.UTF-8", "NOTIFY_SOCKET=" + address.Name,
+		"PATH=" + agent.RootPath, "LANG=C.UTF-8", "NOTIFY_SOCKET=" + address.Name,
 		"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1", "SYSTEMD_NSPAWN_API_VFS_WRITABLE=yes", "SYSTEMD_NSPAWN_LOCK=0",
 	}
 	cmd.Stdout, cmd.Stderr = &m.console, &m.console
@@ -214,7 +233,7 @@ func (m *Machine) awaitReady(ctx context.Context, notify *net.UnixConn) error {
 				// An init that is still starting may not hear that it is to stop.
 				defer context.AfterFunc(ctx, func() { _ = m.init.Kill() })()
 			case key == "READY" && value == "1" && m.leader != 0:
-				m.commands, err = os.Open(m.inside("/sys/fs/cgroup/system.slice/machine-command.service"))
+				m.commands, err = m.openGroup(m.commands.path)
 				return err
 			}
 		}
@@ -251,18 +270,16 @@ func (m *Machine) settle(ctx context.Context) error {
 	return fmt.Errorf("its state is %q (%w)\n%s\n%s", strings.TrimSpace(string(state)), err, failed, lastLines(journal, 40))
 }
 
-// RootPID returns the process ID, on the host, of the machine's init.
+// RootPID returns the process ID, on the host, of the machine's init, or of QEMU if it is emulated.
 func (m *Machine) RootPID() int { return m.leader }
 
-// Close shuts the machine down, within half a minute or by killing it, and removes all of it. It is to be called for a machine
+// Close shuts the machine down, within half a minute or by killing it, or switches it off if it is emulated, and removes all of it. It is to be called for a machine
 // that has ended by itself, too; calling it again does nothing. No command may be on its way to be started meanwhile.
 func (m *Machine) Close() error {
 	m.stop()
 	<-m.ended
 	m.closed.Do(func() {
-		if m.commands != nil {
-			m.commands.Close()
-		}
+		m.commands.close()
 	})
 	return m.err
 }

@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"runtime"
@@ -17,6 +18,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/bpfbroker/bpfbroker/test/machines/internal/agent"
 )
 
 const (
@@ -102,7 +105,7 @@ func (p *guestPort) Write(data []byte) (int, error) {
 
 // guestInit returns the script that is the init of a guest. It writes end and the exit code when the command has ended.
 func guestInit(argv, env []string, end string) string {
-	command := append([]string{"env", "-i", "PATH=" + rootPath, "HOME=/root"}, env...)
+	command := append([]string{"env", "-i", "PATH=" + agent.RootPath, "HOME=/root"}, env...)
 	command = append(command, argv...)
 	for i, word := range command {
 		command[i] = quote(word)
@@ -131,27 +134,33 @@ poweroff -f
 func quote(word string) string { return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'" }
 
 // makeInitramfs returns a file system for a guest, in memory. The caller closes it.
-func makeInitramfs(image *Image, files map[string]string, init string) (_ *os.File, err error) {
+func makeInitramfs(image *Image, files map[string]string, init string) (*os.File, error) {
+	return inMemory(func(w io.Writer) error {
+		a := newArchive(w)
+		for _, dir := range []string{"/dev", "/etc", "/mnt", "/proc", "/root", "/run", "/sys", "/tmp"} {
+			a.mkdir(dir)
+		}
+		a.write("/init", 0o755, []byte(init))
+		a.write("/etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\nalice:x:1000:1000::/:/bin/sh\nbob:x:1001:1001::/:/bin/sh\n"))
+		a.write("/etc/group", 0o644, []byte("root:x:0:\nalice:x:1000:\nbob:x:1001:\n"))
+		a.copy("/bin/busybox", image.busybox)
+		for path, from := range files {
+			a.copy(path, from)
+		}
+		return a.close()
+	})
+}
+
+// inMemory returns a file that is in no directory, with what write writes. The caller closes it.
+func inMemory(write func(io.Writer) error) (*os.File, error) {
 	fd, err := unix.MemfdCreate("initramfs", unix.MFD_CLOEXEC)
 	if err != nil {
 		return nil, err
 	}
 	file := os.NewFile(uintptr(fd), "initramfs")
-	defer func() {
-		if err != nil {
-			file.Close()
-		}
-	}()
-	a := newArchive(file)
-	for _, dir := range []string{"/dev", "/etc", "/mnt", "/proc", "/root", "/run", "/sys", "/tmp"} {
-		a.mkdir(dir)
+	if err := write(file); err != nil {
+		file.Close()
+		return nil, err
 	}
-	a.write("/init", 0o755, []byte(init))
-	a.write("/etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\nalice:x:1000:1000::/:/bin/sh\nbob:x:1001:1001::/:/bin/sh\n"))
-	a.write("/etc/group", 0o644, []byte("root:x:0:\nalice:x:1000:\nbob:x:1001:\n"))
-	a.copy("/bin/busybox", image.busybox)
-	for path, from := range files {
-		a.copy(path, from)
-	}
-	return file, a.close()
+	return file, nil
 }

@@ -13,6 +13,8 @@ import (
 	"runtime"
 	"strings"
 	"syscall"
+
+	"github.com/bpfbroker/bpfbroker/test/machines/internal/agent"
 )
 
 // kernelSuites says which of Debian's suites have the kernels of a version, the one that changes least first.
@@ -200,7 +202,7 @@ func openSuite(ctx context.Context, name, dir string) (*suite, error) {
 	if err := os.WriteFile(config, fmt.Appendf(nil, aptConfig, dir), 0o600); err != nil {
 		return nil, err
 	}
-	s := &suite{dir, append([]string{"PATH=" + rootPath, "LANG=C.UTF-8", "APT_CONFIG=" + config}, proxies...)}
+	s := &suite{dir, append([]string{"PATH=" + agent.RootPath, "LANG=C.UTF-8", "APT_CONFIG=" + config}, proxies...)}
 	_, err = s.run(ctx, "apt-get", "--quiet", "--error-on=any", "update")
 	return s, err
 }

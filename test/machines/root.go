@@ -26,6 +26,9 @@ import (
 //go:embed recipe.sh
 var recipe string
 
+// imageSuffix ends the name of the file that has a root's content in a file system.
+const imageSuffix = ".ext4"
+
 // errNotRoot is what everything here says to ordinary users.
 var errNotRoot = errors.New("test machines need root: mounts, namespaces and a booted system")
 
@@ -130,7 +133,7 @@ func removeStale(cache, keep string) error {
 		return err
 	}
 	for _, dir := range append(unfinished, roots...) {
-		if dir == keep {
+		if dir == keep || dir == keep+imageSuffix {
 			continue
 		}
 		file, err := os.Open(dir)

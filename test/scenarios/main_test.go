@@ -45,7 +45,9 @@ func TestMain(m *testing.M) {
 
 func testMain(ctx context.Context, m *testing.M) (code int, err error) {
 	machineContext = ctx
-	machine, err = machines.Boot(ctx, machines.Product(ctx))
+	options := machines.Product(ctx)
+	options.Kernel = kernel
+	machine, err = machines.Boot(ctx, options)
 	if err != nil {
 		return 1, err
 	}
