@@ -112,12 +112,12 @@ test:
 	$(GO) test -count=1 ./test/machines ./test/scenarios
 	$(MAKE) test-kernels
 
-TEST_PACKAGES = make clang scdoc man-db dbus procps shellcheck libxml2-utils qemu-system-x86
+TEST_PACKAGES = make clang scdoc man-db dbus procps shellcheck libxml2-utils e2fsprogs xz-utils qemu-system-x86
 
-# The same binaries on Debian's kernels, in QEMU.
+# The same on Debian's kernels, in QEMU: suites alone, and a whole system.
 test-kernels:
-	test/setup make qemu-system-x86
-	cd test/kernels && $(GO) test -count=1 -tags kernels -timeout 15m
+	test/setup make clang e2fsprogs xz-utils qemu-system-x86
+	cd test/kernels && $(GO) test -count=1 -tags kernels -timeout 25m
 
 demo:
 	test/setup make clang

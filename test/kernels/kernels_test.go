@@ -31,6 +31,14 @@ var suites = []struct {
 	{"7.2", []string{"service/internal/kernel", "service/internal/delegate", "service/internal/grant", "service/internal/guard", "service/internal/broker"}},
 }
 
+// systems are the packages whose tests boot a whole system on a kernel, and drive it from the host.
+var systems = []struct {
+	kernel   string
+	packages []string
+}{
+	{"7.2", []string{"test/machines", "test/scenarios"}},
+}
+
 // results holds a line for each suite that has run.
 var results struct {
 	sync.Mutex
@@ -40,7 +48,7 @@ var results struct {
 func TestMain(m *testing.M) {
 	results.lines = map[string]string{}
 	code := m.Run()
-	for _, s := range suites {
+	for _, s := range append(suites, systems...) {
 		for _, pkg := range s.packages {
 			fmt.Print(results.lines[s.kernel+" "+path.Base(pkg)])
 		}
@@ -58,6 +66,45 @@ func TestSuites(t *testing.T) {
 				runSuite(t, s.kernel, pkg)
 			})
 		}
+	}
+}
+
+func TestSystems(t *testing.T) {
+	for _, s := range systems {
+		for _, pkg := range s.packages {
+			t.Run(s.kernel+"/"+path.Base(pkg), func(t *testing.T) {
+				t.Parallel()
+				start := time.Now()
+				defer func() { record(t, s.kernel, pkg, time.Since(start)) }()
+				runSystem(t, pkg)
+			})
+		}
+	}
+}
+
+// runSystem runs a package's tests here, with the machines that they have under the build tag "kernels".
+func runSystem(t *testing.T, pkg string) {
+	suite := filepath.Join(t.TempDir(), "suite")
+	compile(t, "test", "-c", "-tags", "kernels", "-o", suite, "./"+pkg)
+	cmd := exec.CommandContext(t.Context(), suite, "-test.v", "-test.timeout=15m")
+	cmd.Dir = filepath.Join("../..", pkg)
+	output, err := cmd.CombinedOutput()
+	check(t, output, err)
+}
+
+// check fails the test if one of a suite's tests was skipped, or if none has run, or if the suite ended with an error.
+func check(t *testing.T, output []byte, err error) {
+	t.Helper()
+	switch {
+	case err != nil:
+		t.Error(err)
+	case !passed.Match(output):
+		t.Error("no test has run")
+	case skipped.Match(output):
+		t.Error("a test was skipped")
+	}
+	if t.Failed() {
+		t.Logf("the suite printed:\n%s", output)
 	}
 }
 
@@ -94,19 +141,10 @@ func runSuite(t *testing.T, kernel, pkg string) {
 		"/suite":                  suite,
 		"/usr/libexec/bpfbrokerd": daemon,
 	}, []string{"/suite", "-test.v", "-test.timeout=100s"}, []string{"CI=true"})
-	switch {
-	case err != nil:
-		t.Error(err)
-	case code != 0:
-		t.Errorf("exit code %d", code)
-	case !passed.Match(output):
-		t.Error("no test has run")
-	case skipped.Match(output):
-		t.Error("a test was skipped")
+	if err == nil && code != 0 {
+		err = fmt.Errorf("exit code %d", code)
 	}
-	if t.Failed() {
-		t.Logf("the suite printed:\n%s", output)
-	}
+	check(t, output, err)
 }
 
 // compile has the go command make a static program, from the top of the source tree.

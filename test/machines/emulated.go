@@ -34,8 +34,8 @@ func init() {
 }
 
 // guestModules are the kernel modules that a machine has: for its disks and its root, and what network namespaces are
-// tested with.
-var guestModules = []string{"virtio_blk", "overlay", "dummy", "veth"}
+// tested with. It loads no other.
+var guestModules = []string{"virtio_blk", "overlay", "veth"}
 
 // agentUnit is the agent's, whose commands are in a group of their own.
 const agentUnit = `[Unit]
@@ -50,7 +50,13 @@ OOMScoreAdjust=-1000
 IgnoreSIGPIPE=no
 `
 
-// emulate is run for an emulated machine.
+// logindUnit has logind not know of the virtual terminals, one of which would have to be each session's: the seat is as in
+// the other machines.
+const logindUnit = `[Service]
+TemporaryFileSystem=/sys/devices/virtual/tty
+`
+
+// emulate is contain for an emulated machine.
 func (m *Machine) emulate(ctx context.Context, options Options, ready chan<- error) error {
 	if err := needTools("qemu-system-x86_64", "mke2fs", "xz"); err != nil {
 		return err
@@ -108,7 +114,8 @@ func (m *Machine) emulate(ctx context.Context, options Options, ready chan<- err
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-nic", "none",
 		"-accel", "tcg", "-cpu", "max,-cx16", "-smp", "1", "-m", "2048",
 		"-kernel", kernel.Path, "-initrd", "/dev/fd/3",
-		"-append", "console=ttyS0 quiet panic=-1 oops=panic systemd.getty_auto=no systemd.mask=machine-mounts.service",
+		"-append", "console=ttyS0 quiet panic=-1 oops=panic systemd.getty_auto=no systemd.mask=getty@tty1.service "+
+			"systemd.mask=machine-mounts.service", // which makes a container what this is
 		"-serial", "file:/dev/stdout",
 		"-drive", "if=virtio,format=raw,readonly=on,file=/dev/fd/4",
 		"-drive", "if=virtio,format=raw,readonly=on,file="+installed,
@@ -175,7 +182,7 @@ func openImage(ctx context.Context, root *os.File) (*os.File, error) {
 		return nil, err
 	}
 	defer lock.Close()
-	path := root.Name() + imageSuffix
+	path := imagePath(root.Name())
 	if image, err := os.Open(path); err == nil || !errors.Is(err, os.ErrNotExist) {
 		return image, err
 	}
@@ -188,6 +195,11 @@ func openImage(ctx context.Context, root *os.File) (*os.File, error) {
 		return nil, err
 	}
 	return os.Open(path)
+}
+
+// imagePath returns where the file system of a root is kept.
+func imagePath(root string) string {
+	return filepath.Join(filepath.Dir(root), strings.Replace(filepath.Base(root), "root-", "image-", 1))
 }
 
 // makeImage makes a file with a file system of what is in dir, for reading only.
@@ -227,6 +239,7 @@ func installGuest(root, guest string) error {
 	}{
 		{"usr/local/libexec/machine-guest", 0o755, program},
 		{"etc/systemd/system/machine-agent.service", 0o644, []byte(agentUnit)},
+		{"etc/systemd/system/systemd-logind.service.d/machine.conf", 0o644, []byte(logindUnit)},
 	} {
 		path := filepath.Join(root, file.path)
 		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, file.data, file.mode)); err != nil {

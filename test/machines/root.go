@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -25,9 +26,6 @@ import (
 //
 //go:embed recipe.sh
 var recipe string
-
-// imageSuffix ends the name of the file that has a root's content in a file system.
-const imageSuffix = ".ext4"
 
 // errNotRoot is what everything here says to ordinary users.
 var errNotRoot = errors.New("test machines need root: mounts, namespaces and a booted system")
@@ -121,7 +119,7 @@ func lockFile(ctx context.Context, path string) (*os.File, error) {
 	}
 }
 
-// removeStale removes what interrupted builds left, and the roots other than keep that nobody holds.
+// removeStale removes what interrupted builds left, and the roots other than keep, and their images, that nobody holds.
 // The caller holds the cache's lock.
 func removeStale(cache, keep string) error {
 	unfinished, err := filepath.Glob(filepath.Join(cache, "building-*"))
@@ -132,8 +130,12 @@ func removeStale(cache, keep string) error {
 	if err != nil {
 		return err
 	}
-	for _, dir := range append(unfinished, roots...) {
-		if dir == keep || dir == keep+imageSuffix {
+	images, err := filepath.Glob(filepath.Join(cache, "image-*"))
+	if err != nil {
+		return err
+	}
+	for _, dir := range slices.Concat(unfinished, roots, images) {
+		if dir == keep || dir == imagePath(keep) {
 			continue
 		}
 		file, err := os.Open(dir)

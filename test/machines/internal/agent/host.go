@@ -18,12 +18,16 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 // Kill is what Run takes for SIGKILL, which it could not pass on.
 const Kill = unix.SIGPWR
+
+// killTime is how long a command that was killed has to end and to be heard of.
+const killTime = 3 * time.Second
 
 // protocols returns HTTP/2 alone, without TLS.
 func protocols() *http.Protocols {
@@ -168,6 +172,8 @@ func run(args []string, signals <-chan os.Signal) (syscall.WaitStatus, error) {
 			}
 			if number == Kill {
 				number = syscall.SIGKILL
+				// What it wrote before can be more than anybody here reads.
+				time.AfterFunc(killTime, func() { _ = syscall.Kill(os.Getpid(), syscall.SIGKILL) })
 			}
 			if response, err := send("/signal/"+strconv.Itoa(int(number)), "", nil); err == nil {
 				response.Body.Close()
