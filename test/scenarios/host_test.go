@@ -4,5 +4,7 @@
 
 package scenarios
 
-// kernel is what the machine runs: the host's.
-const kernel = ""
+const (
+	kernel = "" // what the machine runs: the host's
+	slow   = 1  // how many times as long things take as on a real machine
+)

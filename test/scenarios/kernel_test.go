@@ -4,6 +4,9 @@
 
 package scenarios
 
-// kernel is what the machine runs. LSM programs and kprobes work there, so
-// tests that need them have the build tag "kernels", too.
-const kernel = "7.2"
+// LSM programs and kprobes work in this machine: tests that need them have the
+// build tag "kernels", too.
+const (
+	kernel = "7.2" // what the machine runs
+	slow   = 5     // how many times as long things take as on a real machine
+)

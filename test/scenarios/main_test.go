@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -83,6 +84,24 @@ func run(t *testing.T, user, command string) result {
 	return result{out.String(), err.String(), code}
 }
 
+// transcript keeps what a command writes, for those who read it meanwhile.
+type transcript struct {
+	mutex sync.Mutex
+	text  strings.Builder
+}
+
+func (o *transcript) Write(data []byte) (int, error) {
+	o.mutex.Lock()
+	defer o.mutex.Unlock()
+	return o.text.Write(data)
+}
+
+func (o *transcript) String() string {
+	o.mutex.Lock()
+	defer o.mutex.Unlock()
+	return o.text.String()
+}
+
 // exitCode is the exit status of a command that ended with err.
 func exitCode(t *testing.T, err error) int {
 	t.Helper()
@@ -110,6 +129,12 @@ func login(t *testing.T, user string) *machines.Session {
 		}
 	})
 	return session
+}
+
+// within has a shell command killed that takes more seconds than that on a
+// real machine.
+func within(seconds int, command string) string {
+	return fmt.Sprintf("timeout --foreground %d %s", slow*seconds, command)
 }
 
 // must runs a shell command that has to succeed, and returns what it printed.
@@ -156,9 +181,10 @@ func journalHas(t *testing.T, fields ...string) string {
 // eventually waits for something that has to become true.
 func eventually(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !is(); time.Sleep(50 * time.Millisecond) {
+	const patience = slow * 20 * time.Second
+	for deadline := time.Now().Add(patience); !is(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within 20 s\n%s", what, brokerJournal(t))
+			t.Fatalf("%s: not within %s\n%s", what, patience, brokerJournal(t))
 		}
 	}
 }
@@ -183,7 +209,7 @@ func start(t *testing.T, user, command string) (cmd *exec.Cmd, first string) {
 	t.Cleanup(func() {
 		_ = stdin.Close()
 		_ = machines.Signal(cmd, syscall.SIGTERM) // which bpfbroker passes on
-		hard := time.AfterFunc(5*time.Second, func() { _ = machines.Signal(cmd, syscall.SIGKILL) })
+		hard := time.AfterFunc(slow*5*time.Second, func() { _ = machines.Signal(cmd, syscall.SIGKILL) })
 		defer hard.Stop()
 		_ = cmd.Wait()
 	})

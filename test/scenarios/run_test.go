@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/bpfbroker/bpfbroker/test/machines"
 )
@@ -208,11 +209,11 @@ func TestPolkitHangs(t *testing.T) {
 	must(t, "root", "kill -STOP "+pid)
 	resume := func() { must(t, "root", "kill -CONT "+pid) }
 	t.Cleanup(resume)
-	if r := run(t, "alice", "timeout --foreground 1 bpfbroker run -p network -- touch /tmp/it-ran"); r.code != 124 {
+	if r := run(t, "alice", within(1, "bpfbroker run -p network -- touch /tmp/it-ran")); r.code != 124 {
 		t.Errorf("with a stopped polkit: %+v", r)
 	}
-	must(t, "root", "timeout 5 bpfbroker run -p network -- true")
-	must(t, "bob", "timeout 5 bpfbroker profiles")
+	must(t, "root", within(5, "bpfbroker run -p network -- true"))
+	must(t, "bob", within(5, "bpfbroker profiles"))
 	resume() // it answers after the client has gone
 	must(t, "root", "sleep 0.5; ! test -e /tmp/it-ran")
 	if got := must(t, "alice", "bpfbroker list --no-legend"); got != "" {
@@ -226,10 +227,25 @@ func TestPassword(t *testing.T) {
 	leavesNothing(t)
 	session := login(t, "bob")
 	for password, want := range map[string]int{"secret": 0, "wrong": 77} {
-		typed := "(sleep 1; echo " + password + "; sleep 3) | script --quiet --return --command 'bpfbroker run -p tracing -- id -un' /dev/null"
-		out, err := session.Command(t.Context(), "bash", "-c", typed).CombinedOutput()
-		if code := exitCode(t, err); code != want || (code == 0) != strings.Contains(string(out), "bob\r\n") {
-			t.Errorf("password %q: exit status %d, want %d\n%s", password, code, want, out)
+		cmd := session.Command(t.Context(), "script", "--quiet", "--return", "--command", "bpfbroker run -p tracing -- id -un", "/dev/null")
+		// script needs an input that doesn't end.
+		stdin, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out transcript
+		cmd.Stdout, cmd.Stderr = &out, &out
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "a password is asked for", func() bool { return strings.Contains(out.String(), "Password: ") })
+		time.Sleep(slow * 200 * time.Millisecond) // what is typed before it listens is lost
+		if _, err := stdin.Write([]byte(password + "\n")); err != nil {
+			t.Fatal(err)
+		}
+		err = cmd.Wait()
+		if code := exitCode(t, err); code != want || (code == 0) != strings.Contains(out.String(), "bob\r\n") {
+			t.Errorf("password %q: exit status %d, want %d\n%s", password, code, want, out.String())
 		}
 	}
 }
