@@ -12,8 +12,10 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -88,6 +90,9 @@ func runSystem(t *testing.T, pkg string) {
 	compile(t, "test", "-c", "-tags", "kernels", "-o", suite, "./"+pkg)
 	cmd := exec.CommandContext(t.Context(), suite, "-test.v", "-test.timeout=15m")
 	cmd.Dir = filepath.Join("../..", pkg)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	runtime.LockOSThread() // Pdeathsig is about the thread
+	defer runtime.UnlockOSThread()
 	output, err := cmd.CombinedOutput()
 	check(t, output, err)
 }

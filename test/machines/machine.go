@@ -106,7 +106,7 @@ func Boot(ctx context.Context, options Options) (*Machine, error) {
 	}
 	if err != nil {
 		err = errors.Join(ctx.Err(), err, m.Close())
-		return nil, fmt.Errorf("cannot boot the test machine: %w\n%s", err, lastLines(m.console.String(), 80))
+		return nil, fmt.Errorf("cannot boot the test machine: %w\n%s", err, lastLines(m.console.String(), 40))
 	}
 	return m, nil
 }
