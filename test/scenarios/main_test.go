@@ -226,8 +226,8 @@ type traces struct {
 	mounts, files, processes, rows int
 }
 
-// look counts the traces in the machine: mounts of BPF file systems that any
-// process sees, the daemon's descriptors and helper processes, and the ledger.
+// look counts the traces in the machine: mounts of BPF file systems, in whatever
+// namespace, the daemon's descriptors and helper processes, and the ledger.
 func look(t *testing.T) traces {
 	t.Helper()
 	run(t, "alice", "bpfbroker check") // the daemon runs, and has asked polkit
@@ -239,7 +239,7 @@ func look(t *testing.T) traces {
 		return n
 	}
 	return traces{
-		mounts:    count("cat /proc/[0-9]*/mountinfo 2>/dev/null | grep -c ' - bpf ' || true"),
+		mounts:    count("cat /proc/[0-9]*/mountinfo 2>/dev/null | grep ' - bpf ' | cut -d' ' -f1 | sort -u | wc -l"),
 		files:     count("ls /proc/$(systemctl show -P MainPID bpfbroker.service)/fd | wc -l"),
 		processes: count("cat /sys/fs/cgroup/system.slice/bpfbroker.service/cgroup.procs | wc -l"),
 		rows:      count("ls /run/bpfbroker/grants | wc -l"),
