@@ -76,6 +76,13 @@ $(BUILD)/%.bpf.o: test/programs/%.bpf.c
 	mkdir -p $(BUILD)
 	clang -O2 -g -target bpf -mcpu=v3 -c $< -o $@
 
+# The guard's programs are committed as clang makes them.
+generate:
+	$(GO) generate ./bpf
+
+check-generate:
+	out=$$(mktemp -d) && BPF_OUT=$$out $(GO) generate ./bpf && diff $$out/guard_bpfel.go bpf && diff $$out/guard_bpfel.o bpf && rm -r $$out
+
 uninstall:
 	rm -f $(DESTDIR)$(BINDIR)/bpfbroker $(DESTDIR)$(LIBEXECDIR)/bpfbrokerd
 	rm -f $(DESTDIR)$(UNITDIR)/bpfbroker.socket $(DESTDIR)$(UNITDIR)/bpfbroker.service $(DESTDIR)$(UNITDIR)/bpfbroker-cdi.service $(DESTDIR)$(HOOKDIR)/bpfbroker.json
@@ -92,11 +99,11 @@ clean:
 
 # What can be checked without privileges.
 check:
-	@unformatted=$$(gofmt -l cmd packaging service test units); [ -z "$$unformatted" ] || { echo "not gofmt-clean: $$unformatted" >&2; exit 1; }
+	@unformatted=$$(gofmt -l bpf cmd packaging service test units); [ -z "$$unformatted" ] || { echo "not gofmt-clean: $$unformatted" >&2; exit 1; }
 	$(GO) mod tidy -diff
 	$(GO) vet -tags root,kernels ./...
 	$(STATICCHECK) -tags root,kernels ./...
-	$(GO) test ./cmd/... ./packaging/... ./service/... ./units/...
+	$(GO) test ./bpf/... ./cmd/... ./packaging/... ./service/... ./units/...
 
 # Everything from here on needs root, the network and a Debian, and installs
 # with apt what is missing.
@@ -107,7 +114,7 @@ test:
 	test/setup $(TEST_PACKAGES)
 	shellcheck test/setup test/machines/recipe.sh .ci/run
 	xmllint --noout polkit/org.bpfbroker.policy
-	$(MAKE) check
+	$(MAKE) check check-generate
 	$(GO) test -tags root ./service/internal/kernel ./service/internal/delegate ./service/internal/grant ./service/internal/broker
 	$(GO) test -count=1 ./test/machines ./test/scenarios
 	$(MAKE) test-kernels
@@ -127,4 +134,4 @@ bench:
 	test/setup make clang gcc libc6-dev
 	$(GO) run ./test/bench
 
-.PHONY: all install install-programs uninstall clean check test test-kernels demo bench
+.PHONY: all install install-programs generate check-generate uninstall clean check test test-kernels demo bench

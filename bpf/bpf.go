@@ -4,12 +4,13 @@
 // them. What is generated is committed: only who changes the C needs clang.
 package bpf
 
-//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -no-global-types -type grant -type usage -type event -target bpfel Guard guard.bpf.c -- -O2 -mcpu=v3 -Wall -Werror -Wno-unused-function
-
 import (
 	"crypto/sha256"
 	"encoding/hex"
 )
+
+// BPF_OUT is another directory to write to.
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -no-global-types -output-dir $BPF_OUT -type grant -type usage -type event -target bpfel Guard guard.bpf.c -- -O2 -mcpu=v3 -Wall -Werror -Wno-unused-function
 
 // Version tells this guard's programs from those of another build.
 func Version() string {

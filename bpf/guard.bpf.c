@@ -38,6 +38,7 @@ enum reason {
 	COMMAND,	 // detail: a bpf command
 	PERF_EVENT,	 // a program for a perf event
 	DESCRIPTOR,	 // a program's descriptor on its way out of the namespace
+	SLIP,		 // detail: the attach type; it was attached, the process is killed
 };
 
 // Limits of one grant, written by the daemon.
@@ -73,7 +74,7 @@ struct token {
 	u64 grant;
 	u64 namespace;
 	u32 owner;
-	u32 confined; // bit per kind
+	u32 confined; // bit per kind, and above them those that aren't
 };
 
 struct object {
@@ -162,13 +163,14 @@ struct {
 	__type(value, u64);
 } roots SEC(".maps");
 
-// How many tokens confine a user namespace or a uid, by kind and hash. There
-// is nothing to be removed, so nothing to race for; two hashes that both
-// collide confine a stranger, in what confined() is asked for.
+// How many tokens confine a user namespace or a uid, by kind and hash, and how
+// many let them reach anything. There is nothing to be removed, so nothing to
+// race for; two hashes that both collide confine a stranger, in what
+// confined() is asked for.
 #define SLOTS (1 << 16)
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, KINDS * SLOTS);
+	__uint(max_entries, 2 * KINDS * SLOTS);
 	__type(key, u32);
 	__type(value, u32);
 } confinements SEC(".maps");
@@ -211,14 +213,16 @@ static always_inline struct cred *credentials(void)
 	return bpf_get_current_task_btf()->cred;
 }
 
+#define CAP_SYS_ADMIN (1ULL << 21)
+#define CAP_BPF (1ULL << 39)
+
 // privileged says whether the caller could have loaded and attached programs on
 // the host without any grant.
 static always_inline bool privileged(void)
 {
 	struct cred *cred = credentials();
-	const u64 any = 1ULL << 12 | 1ULL << 21 | 1ULL << 38 | 1ULL << 39; // NET_ADMIN, SYS_ADMIN, PERFMON, BPF
 
-	return cred->user_ns->level == 0 && cred->cap_effective.val & any;
+	return cred->user_ns->level == 0 && cred->cap_effective.val & (CAP_SYS_ADMIN | CAP_BPF);
 }
 
 #define MAX_DEPTH 33 // of user namespaces (kernel/user_namespace.c)
@@ -329,7 +333,7 @@ static always_inline void count_slot(u64 key, u32 kind, u64 factor, u32 change)
 
 static always_inline void count_confinement(const struct token *t, u32 change)
 {
-	for (u32 kind = 0; kind < KINDS; kind++) {
+	for (u32 kind = 0; kind < 2 * KINDS; kind++) {
 		if (!(t->confined & 1 << kind))
 			continue;
 		count_slot(t->namespace, kind, FIRST, change);
@@ -339,11 +343,16 @@ static always_inline void count_confinement(const struct token *t, u32 change)
 	}
 }
 
-static always_inline bool is_confined(u64 key, u32 kind)
+static always_inline bool has_tokens(u64 key, u32 kind)
 {
 	u32 *first = slot(key, kind, FIRST), *second = slot(key, kind, SECOND);
 
 	return first && second && *first && *second;
+}
+
+static always_inline bool is_confined(u64 key, u32 kind)
+{
+	return has_tokens(key, kind) && !has_tokens(key, kind + KINDS);
 }
 
 // confined says whether the caller is in a granted user namespace, or is the
@@ -434,8 +443,8 @@ int token_create(u64 *ctx)
 	if (!g || !live(g))
 		return refuse(t.grant, t.owner, LEASE, 0);
 	for (u32 kind = 0; kind < KINDS; kind++)
-		if (g->kinds & 1 << kind && g->reach[kind] != REACH_ANY)
-			t.confined |= 1 << kind;
+		if (g->kinds & 1 << kind)
+			t.confined |= 1 << (g->reach[kind] == REACH_ANY ? kind + KINDS : kind);
 	used = bpf_map_lookup_elem(&usages, &t.grant);
 	user = bpf_map_lookup_elem(&users, &t.owner);
 	if (!used || !user)
@@ -838,7 +847,7 @@ int map_descriptor(u64 *ctx)
 	if (!(ctx[1] & FMODE_WRITE) || !bpf_map_lookup_elem(&protected, &id))
 		return 0;
 	cred = credentials();
-	if (cred->user_ns->level == 0 && cred->cap_effective.val & 1ULL << 21)
+	if (cred->user_ns->level == 0 && cred->cap_effective.val & CAP_SYS_ADMIN)
 		return 0;
 	return -EPERM;
 }
@@ -953,7 +962,8 @@ int link_prime(u64 *ctx)
 	if (!t)
 		return 0;
 	g = bpf_map_lookup_elem(&grants, &t->grant);
-	if (g && live(g) && may_link(link, prog, g, t))
+	// What the grant may have beyond its reach, the broker attaches for it.
+	if (privileged() || (g && live(g) && may_link(link, prog, g, t)))
 		return 0;
 	state = linking_of(task, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (state)
@@ -1111,6 +1121,46 @@ int command(u64 *ctx)
 		return 0;
 	}
 	return refuse(0, owner, COMMAND, cmd);
+}
+
+// Second lines: here the kernel has found out which program it is, and can't be
+// stopped any more.
+
+static always_inline int catch_slip(struct bpf_prog *prog, u32 kind)
+{
+	struct token *t = token_of(prog->aux->token);
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct grant *g;
+
+	if (!t || privileged())
+		return 0;
+	g = bpf_map_lookup_elem(&grants, &t->grant);
+	if (g && live(g) && g->reach[kind] == REACH_ANY)
+		return 0;
+	if (g && live(g) && g->reach[kind] == REACH_OWN && kind == INTERFACES &&
+	    within(READ(READ(READ(task, nsproxy), net_ns), user_ns), t->namespace))
+		return 0;
+	bpf_send_signal(SIGKILL);
+	refuse_program(t->grant, t->owner, SLIP, prog->expected_attach_type, prog);
+	return 0;
+}
+
+SEC("fentry/cgroup_bpf_prog_attach")
+int cgroup_attach(u64 *ctx)
+{
+	return catch_slip((void *)ctx[2], CGROUPS);
+}
+
+SEC("fentry/tcx_prog_attach")
+int tcx_attach(u64 *ctx)
+{
+	return catch_slip((void *)ctx[1], INTERFACES);
+}
+
+SEC("fentry/netns_bpf_prog_attach")
+int netns_attach(u64 *ctx)
+{
+	return catch_slip((void *)ctx[1], INTERFACES);
 }
 
 #define PERF_EVENT_IOC_SET_BPF 0x40042408

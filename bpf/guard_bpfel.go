@@ -81,6 +81,7 @@ const (
 	GuardMapTokens           = "tokens"
 	GuardMapUsages           = "usages"
 	GuardMapUsers            = "users"
+	GuardProgCgroupAttach    = "cgroup_attach"
 	GuardProgCommand         = "command"
 	GuardProgFileAlloc       = "file_alloc"
 	GuardProgFileIoctl       = "file_ioctl"
@@ -90,9 +91,11 @@ const (
 	GuardProgMapCreate       = "map_create"
 	GuardProgMapDescriptor   = "map_descriptor"
 	GuardProgMapFree         = "map_free"
+	GuardProgNetnsAttach     = "netns_attach"
 	GuardProgProgDescriptor  = "prog_descriptor"
 	GuardProgProgFree        = "prog_free"
 	GuardProgProgLoad        = "prog_load"
+	GuardProgTcxAttach       = "tcx_attach"
 	GuardProgTokenCapable    = "token_capable"
 	GuardProgTokenCmd        = "token_cmd"
 	GuardProgTokenCreate     = "token_create"
@@ -150,6 +153,7 @@ type GuardSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type GuardProgramSpecs struct {
+	CgroupAttach    *ebpf.ProgramSpec `ebpf:"cgroup_attach"`
 	Command         *ebpf.ProgramSpec `ebpf:"command"`
 	FileAlloc       *ebpf.ProgramSpec `ebpf:"file_alloc"`
 	FileIoctl       *ebpf.ProgramSpec `ebpf:"file_ioctl"`
@@ -159,9 +163,11 @@ type GuardProgramSpecs struct {
 	MapCreate       *ebpf.ProgramSpec `ebpf:"map_create"`
 	MapDescriptor   *ebpf.ProgramSpec `ebpf:"map_descriptor"`
 	MapFree         *ebpf.ProgramSpec `ebpf:"map_free"`
+	NetnsAttach     *ebpf.ProgramSpec `ebpf:"netns_attach"`
 	ProgDescriptor  *ebpf.ProgramSpec `ebpf:"prog_descriptor"`
 	ProgFree        *ebpf.ProgramSpec `ebpf:"prog_free"`
 	ProgLoad        *ebpf.ProgramSpec `ebpf:"prog_load"`
+	TcxAttach       *ebpf.ProgramSpec `ebpf:"tcx_attach"`
 	TokenCapable    *ebpf.ProgramSpec `ebpf:"token_capable"`
 	TokenCmd        *ebpf.ProgramSpec `ebpf:"token_cmd"`
 	TokenCreate     *ebpf.ProgramSpec `ebpf:"token_create"`
@@ -268,6 +274,7 @@ type GuardVariables struct {
 //
 // It can be passed to LoadGuardObjects or ebpf.CollectionSpec.LoadAndAssign.
 type GuardPrograms struct {
+	CgroupAttach    *ebpf.Program `ebpf:"cgroup_attach"`
 	Command         *ebpf.Program `ebpf:"command"`
 	FileAlloc       *ebpf.Program `ebpf:"file_alloc"`
 	FileIoctl       *ebpf.Program `ebpf:"file_ioctl"`
@@ -277,9 +284,11 @@ type GuardPrograms struct {
 	MapCreate       *ebpf.Program `ebpf:"map_create"`
 	MapDescriptor   *ebpf.Program `ebpf:"map_descriptor"`
 	MapFree         *ebpf.Program `ebpf:"map_free"`
+	NetnsAttach     *ebpf.Program `ebpf:"netns_attach"`
 	ProgDescriptor  *ebpf.Program `ebpf:"prog_descriptor"`
 	ProgFree        *ebpf.Program `ebpf:"prog_free"`
 	ProgLoad        *ebpf.Program `ebpf:"prog_load"`
+	TcxAttach       *ebpf.Program `ebpf:"tcx_attach"`
 	TokenCapable    *ebpf.Program `ebpf:"token_capable"`
 	TokenCmd        *ebpf.Program `ebpf:"token_cmd"`
 	TokenCreate     *ebpf.Program `ebpf:"token_create"`
@@ -288,6 +297,7 @@ type GuardPrograms struct {
 
 func (p *GuardPrograms) Close() error {
 	return _GuardClose(
+		p.CgroupAttach,
 		p.Command,
 		p.FileAlloc,
 		p.FileIoctl,
@@ -297,9 +307,11 @@ func (p *GuardPrograms) Close() error {
 		p.MapCreate,
 		p.MapDescriptor,
 		p.MapFree,
+		p.NetnsAttach,
 		p.ProgDescriptor,
 		p.ProgFree,
 		p.ProgLoad,
+		p.TcxAttach,
 		p.TokenCapable,
 		p.TokenCmd,
 		p.TokenCreate,

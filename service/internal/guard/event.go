@@ -42,7 +42,7 @@ const (
 
 var reasons = [...]string{
 	"", "loaded", "lease", "namespace", "capability", "helper", "kfunc", "module-kfunc", "quota-programs", "quota-maps",
-	"quota-map-bytes", "quota-tokens", "map-type", "link", "command", "perf-event", "descriptor",
+	"quota-map-bytes", "quota-tokens", "map-type", "link", "command", "perf-event", "descriptor", "slip",
 }
 
 // String gives the reason in lower case, as in "quota-maps".

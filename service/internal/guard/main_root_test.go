@@ -6,11 +6,16 @@ package guard
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
 	"strconv"
+	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -83,14 +88,21 @@ var ops = map[string]testtarget.Op{
 		held.token = os.NewFile(uintptr(dup(int(files[0].Fd()))), "token")
 		return "", nil, nil
 	},
+	// programs: answers how many it has.
+	"programs": func([]string, []*os.File) (string, []*os.File, error) {
+		return strconv.Itoa(len(held.programs)), nil, nil
+	},
+	// become UID: for good.
+	"become": func(args []string, _ []*os.File) (string, []*os.File, error) {
+		id := int(number(args[0]))
+		if err := syscall.Setresgid(id, id, id); err != nil {
+			return "", nil, err
+		}
+		return "", nil, syscall.Setresuid(id, id, id)
+	},
 	// link TARGET ATTACHTYPE, raw NAME, attach TARGET ATTACHTYPE, run: with the last program.
 	"link": func(args []string, files []*os.File) (string, []*os.File, error) {
-		target := uint32(0)
-		if len(files) > 0 {
-			target = uint32(files[0].Fd())
-		} else {
-			target = number(args[0])
-		}
+		target := targetOf(args, files)
 		fd, err := createLink(uint32(last()), target, number(args[1]))
 		if err == nil {
 			held.links = append(held.links, fd)
@@ -105,36 +117,41 @@ var ops = map[string]testtarget.Op{
 		return "", nil, err
 	},
 	"attach": func(args []string, files []*os.File) (string, []*os.File, error) {
-		target := number(args[0])
-		if len(files) > 0 {
-			target = uint32(files[0].Fd())
-		}
+		target := targetOf(args, files)
 		attr := struct{ target, program, kind, flags, replace uint32 }{target, uint32(last()), number(args[1]), 0, 0}
 		_, err := call(8, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+		return "", nil, err
+	},
+	"detach": func(args []string, files []*os.File) (string, []*os.File, error) {
+		target := targetOf(args, files)
+		attr := struct{ target, program, kind, flags, replace uint32 }{target, uint32(last()), number(args[1]), 0, 0}
+		_, err := call(9, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
 		return "", nil, err
 	},
 	"run": func([]string, []*os.File) (string, []*os.File, error) { return "", nil, testRun(uint32(last())) },
 	// pin PATH and get PATH, of the last program
 	"pin": func(args []string, _ []*os.File) (string, []*os.File, error) {
-		return "", nil, pin(last(), args[0])
+		return "", nil, pin(last(), unix.AT_FDCWD, args[0])
 	},
 	"get": func(args []string, _ []*os.File) (string, []*os.File, error) {
-		fd, err := get(args[0], 0)
+		fd, err := get(unix.AT_FDCWD, args[0], 0)
 		if err == nil {
 			held.programs = append(held.programs, fd)
 		}
 		return "", nil, err
 	},
-	// pinmap and getmap FLAGS, of a map that is given
+	// reopen FLAGS MAP MOUNT: pins a map, opens the pin and removes it.
 	"reopen": func(args []string, files []*os.File) (string, []*os.File, error) {
-		if err := unix.Mount("bpf", "/mnt", "bpf", 0, ""); err != nil {
-			return "", nil, fmt.Errorf("cannot mount: %w", err)
+		dir, err := unix.Openat(int(files[1].Fd()), ".", unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return "", nil, fmt.Errorf("cannot open: %v", err)
 		}
-		defer func() { _ = unix.Unmount("/mnt", unix.MNT_DETACH) }()
-		if err := pin(int(files[0].Fd()), "/mnt/map"); err != nil {
-			return "", nil, fmt.Errorf("cannot pin: %w", err)
+		defer unix.Close(dir)
+		if err := pin(int(files[0].Fd()), dir, "map"); err != nil {
+			return "", nil, fmt.Errorf("cannot pin: %v", err)
 		}
-		fd, err := get("/mnt/map", number(args[0]))
+		defer func() { _ = unix.Unlinkat(dir, "map", 0) }()
+		fd, err := get(dir, "map", number(args[0]))
 		if err == nil {
 			_ = unix.Close(fd)
 		}
@@ -144,15 +161,112 @@ var ops = map[string]testtarget.Op{
 	"drop": func([]string, []*os.File) (string, []*os.File, error) { held.drop(); return "", nil, nil },
 	"dropall": func([]string, []*os.File) (string, []*os.File, error) {
 		held.drop()
-		return "", nil, held.token.Close()
+		_ = held.token.Close()
+		held.token = nil
+		return "", nil, nil
 	},
-	"mkdir-cgroup": func(args []string, _ []*os.File) (string, []*os.File, error) {
-		return "", nil, os.Mkdir(args[0], 0o755)
+	// update PROGRAM: puts the last program in the place of the last link's.
+	"update": func([]string, []*os.File) (string, []*os.File, error) {
+		attr := struct{ link, program, flags, old uint32 }{link: uint32(held.links[len(held.links)-1]), program: uint32(last())}
+		_, err := call(29, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+		return "", nil, err
 	},
-	"openraw": func(args []string, _ []*os.File) (string, []*os.File, error) {
-		f, err := os.Open(args[0])
-		return "", []*os.File{f}, err
+	// swap SECONDS OWN OTHER: makes links to a cgroup while another thread
+	// puts the other in its place. Answers how often, with which successes.
+	"swap": func(args []string, files []*os.File) (string, []*os.File, error) {
+		target := dup(int(files[0].Fd()))
+		defer unix.Close(target)
+		end := time.Now().Add(time.Duration(number(args[0])) * time.Second)
+		var done atomic.Bool
+		var turns sync.WaitGroup
+		turns.Go(func() {
+			runtime.LockOSThread()
+			for i := 0; !done.Load(); i++ {
+				_ = unix.Dup3(int(files[i%2].Fd()), target, unix.O_CLOEXEC)
+			}
+		})
+		var want unix.Stat_t
+		if err := unix.Fstat(int(files[0].Fd()), &want); err != nil {
+			return "", nil, err
+		}
+		var r swapResult
+		for ; time.Now().Before(end); r.Tries++ {
+			fd, err := createLink(uint32(last()), uint32(target), attachEgress)
+			if err != nil {
+				continue
+			}
+			id, err := linkedCgroup(fd)
+			_ = unix.Close(fd)
+			if err != nil {
+				return "", nil, err
+			}
+			if id == want.Ino {
+				r.Own++
+			} else {
+				r.Slips++
+			}
+		}
+		done.Store(true)
+		turns.Wait()
+		data, err := json.Marshal(r)
+		return string(data), nil, err
 	},
+	// hammer: loads the program again and again until cease, which answers how
+	// often that worked.
+	"hammer": func(args []string, _ []*os.File) (string, []*os.File, error) {
+		var p program
+		if err := json.Unmarshal([]byte(args[0]), &p); err != nil {
+			return "", nil, err
+		}
+		hammering.stop.Store(false)
+		hammering.wait.Go(func() {
+			for !hammering.stop.Load() {
+				hammering.tries++
+				if fd, err := load(p); err == nil {
+					hammering.loaded++
+					_ = unix.Close(fd)
+				}
+				time.Sleep(time.Millisecond) // the machine has one processor
+			}
+		})
+		return "", nil, nil
+	},
+	"cease": func([]string, []*os.File) (string, []*os.File, error) {
+		hammering.stop.Store(true)
+		hammering.wait.Wait()
+		if hammering.tries < 10 {
+			return "", nil, errors.New("too few tries")
+		}
+		return strconv.Itoa(hammering.loaded), nil, nil
+	},
+	// guard: is a daemon that opens the guard.
+	"guard": func([]string, []*os.File) (string, []*os.File, error) {
+		_, err := Open(dir)
+		return "", nil, err
+	},
+}
+
+type swapResult struct{ Tries, Own, Slips int }
+
+var hammering struct {
+	stop          atomic.Bool
+	wait          sync.WaitGroup
+	tries, loaded int
+}
+
+// linkedCgroup asks the kernel for the cgroup of a link.
+func linkedCgroup(link int) (uint64, error) {
+	var info struct {
+		kind, id, program, _ uint32
+		cgroup               uint64
+		_                    [12]uint64
+	}
+	attr := struct {
+		link, size uint32
+		info       unsafe.Pointer
+	}{uint32(link), uint32(unsafe.Sizeof(info)), unsafe.Pointer(&info)}
+	_, err := call(15, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	return info.cgroup, err
 }
 
 // held is what a hostile process has.
@@ -176,6 +290,14 @@ type program struct {
 	Type, Attach uint32
 	Instructions []uint64
 	BTF          uint32
+}
+
+// targetOf is the file that came along, or the first argument.
+func targetOf(args []string, files []*os.File) uint32 {
+	if len(files) > 0 {
+		return uint32(files[0].Fd())
+	}
+	return number(args[0])
 }
 
 func number(s string) uint32 {
@@ -243,6 +365,9 @@ func load(p program) (int, error) {
 	copy(attr.name[:], "hostile")
 	attr.token, attr.flags = tokenFD()
 	fd, err := call(5, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	for err == unix.EAGAIN { // a signal came, the runtime's for one
+		fd, err = call(5, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	}
 	runtime.KeepAlive(p) // the kernel's pointer isn't the collector's
 	return fd, err
 }
@@ -284,23 +409,25 @@ func testRun(program uint32) error {
 	return err
 }
 
-func pin(object int, path string) error {
-	attr := struct {
-		path               *byte
-		object, flags, dir uint32
-		_                  uint32
-	}{object: uint32(object)}
+// pathAttr is what OBJ_PIN and OBJ_GET read of union bpf_attr.
+type pathAttr struct {
+	path          *byte
+	object, flags uint32
+	dir           int32
+	_             uint32
+}
+
+const flagPathFD = 1 << 14
+
+func pin(object, dir int, path string) error {
+	attr := pathAttr{object: uint32(object), flags: flagPathFD, dir: int32(dir)}
 	attr.path, _ = unix.BytePtrFromString(path)
 	_, err := call(6, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
 	return err
 }
 
-func get(path string, flags uint32) (int, error) {
-	attr := struct {
-		path               *byte
-		object, flags, dir uint32
-		_                  uint32
-	}{flags: flags}
+func get(dir int, path string, flags uint32) (int, error) {
+	attr := pathAttr{flags: flagPathFD | flags, dir: int32(dir)}
 	attr.path, _ = unix.BytePtrFromString(path)
 	return call(7, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
 }
