@@ -9,6 +9,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
+	"golang.org/x/sys/unix"
 
 	"github.com/bpfbroker/bpfbroker/bpf"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
@@ -83,7 +84,13 @@ func (g *Guard) Bind(id uint64, root *os.File, l Limits) (err error) {
 	if err := g.maps.Grants.Update(id, limits, ebpf.UpdateNoExist); err != nil {
 		return fmt.Errorf("cannot bind grant %d: %w", id, err)
 	}
-	if err := g.maps.Roots.Update(uint32(root.Fd()), id, ebpf.UpdateNoExist); err != nil {
+	for range 10 {
+		// The kernel takes this memory without waiting for a lock.
+		if err = g.maps.Roots.Update(uint32(root.Fd()), id, ebpf.UpdateNoExist); !errors.Is(err, unix.ENOMEM) {
+			break
+		}
+	}
+	if err != nil {
 		return fmt.Errorf("cannot bind grant %d to its file system: %w", id, err)
 	}
 	return nil

@@ -14,9 +14,11 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -37,7 +39,9 @@ const (
 
 	typeSocketFilter = 1
 	typeSchedCLS     = 3
+	typeTracepoint   = 5
 	typeXDP          = 6
+	typePerfEvent    = 7
 	typeCgroupSKB    = 8
 	typeRawTP        = 17
 	typeSKLookup     = 30
@@ -45,6 +49,7 @@ const (
 	attachEgress     = 1
 	attachSKLookup   = 36
 	attachXDP        = 37
+	attachPerfEvent  = 41
 	attachNetfilter  = 45
 	attachTCXIngress = 46
 )
@@ -454,6 +459,57 @@ func TestAttach(t *testing.T) {
 
 			expect(t, target, 0, "load", loading(simple[typeRawTP]))
 			expect(t, target, test.raw, "raw", []string{"sys_enter"})
+			expect(t, target, 0, "dropall", nil)
+		})
+	}
+}
+
+// TestPerfEvent has targets use events that root has opened for them: of
+// themselves, and of a tracepoint that everybody passes.
+func TestPerfEvent(t *testing.T) {
+	g := open(t)
+	if err := unix.Mount("tracefs", "/sys/kernel/tracing", "tracefs", 0, ""); err != nil && err != unix.EBUSY {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile("/sys/kernel/tracing/events/sched/sched_switch/id")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tracepoint, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const no = unix.EPERM
+	for name, test := range map[string]struct {
+		reach                     profile.Reach
+		own, tracepoint, setEvent syscall.Errno
+	}{
+		"none": {profile.ReachNone, no, no, no},
+		"own":  {profile.ReachOwn, 0, no, no},
+		"any":  {profile.ReachAny, 0, 0, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			target := testtarget.New(t, testtarget.Alice)
+			grant(t, g, target, confinedTo(test.reach))
+			event := func(kind uint32, config uint64) *os.File {
+				attr := unix.PerfEventAttr{Type: kind, Config: config, Sample: 1_000_000, Size: uint32(unsafe.Sizeof(unix.PerfEventAttr{}))}
+				fd, err := unix.PerfEventOpen(&attr, target.PID, -1, -1, unix.PERF_FLAG_FD_CLOEXEC)
+				if err != nil {
+					t.Fatal(err)
+				}
+				f := os.NewFile(uintptr(fd), "event")
+				t.Cleanup(func() { f.Close() })
+				return f
+			}
+			clock := func() *os.File { return event(unix.PERF_TYPE_SOFTWARE, unix.PERF_COUNT_SW_CPU_CLOCK) }
+			expect(t, target, 0, "load", loading(program{Type: typePerfEvent, Instructions: []uint64{zero, exit}}))
+			expect(t, target, test.own, "link", []string{"", strconv.Itoa(attachPerfEvent)}, clock())
+			expect(t, target, test.setEvent, "ioctl", nil, clock())
+			expect(t, target, 0, "load", loading(program{Type: typeTracepoint, Instructions: []uint64{zero, exit}}))
+			expect(t, target, test.tracepoint, "link", []string{"", strconv.Itoa(attachPerfEvent)}, event(unix.PERF_TYPE_TRACEPOINT, uint64(tracepoint)))
+			expect(t, target, 0, "drop", nil)
+			expect(t, target, 0, "load", loading(program{Type: typeTracepoint, Instructions: []uint64{zero, exit}}))
+			expect(t, target, test.setEvent, "ioctl", nil, event(unix.PERF_TYPE_TRACEPOINT, uint64(tracepoint)))
 			expect(t, target, 0, "dropall", nil)
 		})
 	}

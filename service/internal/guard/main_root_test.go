@@ -122,6 +122,10 @@ var ops = map[string]testtarget.Op{
 		_, err := call(8, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
 		return "", nil, err
 	},
+	// ioctl EVENT: gives the last program to a perf event.
+	"ioctl": func(_ []string, files []*os.File) (string, []*os.File, error) {
+		return "", nil, unix.IoctlSetInt(int(files[0].Fd()), unix.PERF_EVENT_IOC_SET_BPF, last())
+	},
 	"detach": func(args []string, files []*os.File) (string, []*os.File, error) {
 		target := targetOf(args, files)
 		attr := struct{ target, program, kind, flags, replace uint32 }{target, uint32(last()), number(args[1]), 0, 0}
