@@ -17,13 +17,13 @@ import (
 
 // ListGrants returns the caller's own grants, or those of all users, the oldest
 // first.
-func (b *Broker) ListGrants(ctx context.Context, c Caller, all bool) ([]grant.Grant, error) {
+func (b *Broker) ListGrants(ctx context.Context, c Caller, all bool) ([]*grant.Grant, error) {
 	if all {
 		if err := b.authorizeManaging(ctx, c); err != nil {
 			return nil, Refuse(fmt.Errorf("cannot list the grants of all users: %w", err))
 		}
 	}
-	return b.ledger.List(func(g grant.Grant) bool { return all || g.Owner == c.UID }), nil
+	return b.ledger.List(func(g *grant.Grant) bool { return all || g.Owner == c.UID }), nil
 }
 
 // GetGrant returns one grant.

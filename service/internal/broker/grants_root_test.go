@@ -144,7 +144,7 @@ func TestGetListRenew(t *testing.T) {
 		t.Errorf("bob's own: %v", got)
 	}
 	all, err := f.ListGrants(t.Context(), stranger, true)
-	if diff := cmp.Diff([]grant.Grant{g}, all); diff != "" || err != nil {
+	if diff := cmp.Diff([]*grant.Grant{&g}, all); diff != "" || err != nil {
 		t.Errorf("all: %v (-want +got):\n%s", err, diff)
 	}
 	f.answers(func(context.Context) error { _ = f.ledger.End(g.ID, grant.Revoked); return nil })

@@ -205,9 +205,13 @@ func (w writer) Write(p []byte) (int, error) { return w(p) }
 
 func (f *fake) list(c Caller) []grant.Grant {
 	f.t.Helper()
-	grants, err := f.ListGrants(f.t.Context(), c, false)
+	list, err := f.ListGrants(f.t.Context(), c, false)
 	if err != nil {
 		f.t.Fatal(err)
+	}
+	grants := []grant.Grant{}
+	for _, g := range list {
+		grants = append(grants, *g)
 	}
 	return grants
 }

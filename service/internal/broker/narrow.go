@@ -23,15 +23,15 @@ import (
 func (b *Broker) narrow(profiles *profile.Set) {
 	kept := map[string]int{}
 	lost := b.lostByGuard()
-	for _, g := range b.ledger.List(func(grant.Grant) bool { return true }) {
+	for _, g := range b.ledger.List(func(*grant.Grant) bool { return true }) {
 		p, err := profiles.Get(g.Profile)
 		switch {
-		case errors.Is(err, profile.ErrNotFound) || err == nil && exceeds(g, p) || lost(g):
+		case errors.Is(err, profile.ErrNotFound) || err == nil && exceeds(*g, p) || lost(*g):
 			b.ledger.EndLater(g.ID, grant.Narrowed)
 		case err != nil:
 			kept[g.Profile]++
 		case p.Lease != 0 && (g.Deadline == 0 || g.Lease() > p.Lease):
-			b.shorten(g, p)
+			b.shorten(*g, p)
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(kept)) {

@@ -251,13 +251,13 @@ func (b *fakeBroker) Withdraw(id grant.ID) {
 	b.withdrawn++
 }
 
-func (b *fakeBroker) ListGrants(_ context.Context, c broker.Caller, all bool) ([]grant.Grant, error) {
+func (b *fakeBroker) ListGrants(_ context.Context, c broker.Caller, all bool) ([]*grant.Grant, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	var grants []grant.Grant
+	var grants []*grant.Grant
 	for _, g := range b.grants {
 		if all || g.Owner == c.UID {
-			grants = append(grants, g)
+			grants = append(grants, &g)
 		}
 	}
 	return grants, nil

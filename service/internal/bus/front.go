@@ -63,7 +63,7 @@ type Broker interface {
 	MountToken(ctx context.Context, c broker.Caller, profileName string, process *kernel.Process, root, path string) (grant.Grant, error)
 	Withdraw(id grant.ID)
 	// ListGrants returns the caller's grants, or those of all users.
-	ListGrants(ctx context.Context, c broker.Caller, all bool) ([]grant.Grant, error)
+	ListGrants(ctx context.Context, c broker.Caller, all bool) ([]*grant.Grant, error)
 	GetGrant(ctx context.Context, c broker.Caller, id string) (grant.Grant, error)
 	RenewGrant(ctx context.Context, c broker.Caller, id string) (grant.Grant, error)
 	RevokeGrant(ctx context.Context, c broker.Caller, id string) (notReached []string, err error)

@@ -113,7 +113,7 @@ func (f *Front) managerHandlers() map[string]handler {
 			grants := wire.NewArray("ossusustt", 192*len(list))
 			for _, g := range list {
 				grants.Struct()
-				grants.String(string(grantPath(g)))
+				grants.String(string(grantPath(*g)))
 				grants.String(g.Profile)
 				grants.String(g.Tier)
 				grants.Uint32(g.Owner)

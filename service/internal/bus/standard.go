@@ -67,7 +67,7 @@ func (f *Front) getManagedObjects(ctx context.Context, r *request) ([]any, error
 	}
 	objects := make(map[dbus.ObjectPath]map[string]map[string]dbus.Variant, len(grants))
 	for _, g := range grants {
-		objects[grantPath(g)] = map[string]map[string]dbus.Variant{grantInterface: grantProperties(g)}
+		objects[grantPath(*g)] = map[string]map[string]dbus.Variant{grantInterface: grantProperties(*g)}
 	}
 	return []any{objects}, nil
 }

@@ -150,6 +150,7 @@ type Ledger struct {
 
 	mu      sync.Mutex
 	entries map[ID]*entry
+	ordered []*entry // the oldest first
 	perUser map[uint32]int
 	alarm   kernel.BootTime
 	// doomed are the grants that wait for their end, by their owners. Each owner
@@ -161,7 +162,7 @@ type Ledger struct {
 // entry is a grant and what is held of its target: the process, as long as there
 // is one, and the namespaces if something is mounted there.
 type entry struct {
-	Grant
+	*Grant     // which isn't changed, but replaced
 	process    *kernel.Process
 	namespaces *kernel.Namespaces
 	live       bool // neither pending nor ending
@@ -226,11 +227,11 @@ func (l *Ledger) load(name string, rights map[string]*profile.Rights) error {
 	if err != nil {
 		return err
 	}
-	e := &entry{}
+	e := &entry{Grant: new(Grant)}
 	var raw struct {
 		Rights json.RawMessage `json:"rights"`
 	}
-	if err := errors.Join(json.Unmarshal(data, &e.Grant), json.Unmarshal(data, &raw)); err != nil {
+	if err := errors.Join(json.Unmarshal(data, e.Grant), json.Unmarshal(data, &raw)); err != nil {
 		return err
 	}
 	if strings.TrimSuffix(name, pending) != e.ID.String() {
@@ -249,8 +250,7 @@ func (l *Ledger) load(name string, rights map[string]*profile.Rights) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.entries[e.ID] = e
-	l.perUser[e.Owner]++
+	l.add(e)
 	switch {
 	case e.process == nil:
 		l.doom(e, Exited)
@@ -258,6 +258,18 @@ func (l *Ledger) load(name string, rights map[string]*profile.Rights) error {
 		l.doom(e, Undone)
 	}
 	return nil
+}
+
+// add needs mu.
+func (l *Ledger) add(e *entry) {
+	l.entries[e.ID] = e
+	l.perUser[e.Owner]++
+	place, _ := slices.BinarySearchFunc(l.ordered, e, older)
+	l.ordered = slices.Insert(l.ordered, place, e)
+}
+
+func older(a, b *entry) int {
+	return cmp.Or(cmp.Compare(a.Created, b.Created), cmp.Compare(a.ID, b.ID))
 }
 
 // findTarget takes hold of the target again after a restart. A process that has
@@ -300,7 +312,7 @@ func (l *Ledger) Begin(g *Grant, process *kernel.Process, namespaces *kernel.Nam
 	if err != nil {
 		return err
 	}
-	e := &entry{Grant: *g}
+	e := &entry{Grant: new(*g)}
 	e.process, err = process.Clone()
 	if err == nil && g.Path != "" {
 		e.namespaces, err = namespaces.Clone()
@@ -314,8 +326,7 @@ func (l *Ledger) Begin(g *Grant, process *kernel.Process, namespaces *kernel.Nam
 		e.close()
 		return err
 	}
-	l.entries[g.ID] = e
-	l.perUser[g.Owner]++
+	l.add(e)
 	l.mu.Unlock()
 	if err := os.WriteFile(l.row(g.ID)+pending, data, 0o600); err != nil {
 		l.drop(e)
@@ -339,7 +350,7 @@ func (l *Ledger) Abort(id ID) {
 	l.mu.Lock()
 	e := l.entries[id]
 	l.mu.Unlock()
-	_ = l.undo(e.Grant, e.namespaces)
+	_ = l.undo(*e.Grant, e.namespaces)
 	l.drop(e)
 }
 
@@ -369,29 +380,23 @@ func (l *Ledger) Get(id ID) (Grant, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if e := l.entries[id]; e != nil && e.live {
-		return e.Grant, nil
+		return *e.Grant, nil
 	}
 	return Grant{}, ErrNotFound
 }
 
-// List returns the live grants that want says yes to, the oldest first.
-func (l *Ledger) List(want func(Grant) bool) []Grant {
+// List returns the live grants that want says yes to, the oldest first. Nobody
+// changes them.
+func (l *Ledger) List(want func(*Grant) bool) []*Grant {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	var found []*entry
-	for _, e := range l.entries {
+	var found []*Grant
+	for _, e := range l.ordered {
 		if e.live && want(e.Grant) {
-			found = append(found, e)
+			found = append(found, e.Grant)
 		}
 	}
-	slices.SortFunc(found, func(a, b *entry) int {
-		return cmp.Or(cmp.Compare(a.Created, b.Created), cmp.Compare(a.ID, b.ID))
-	})
-	grants := make([]Grant, len(found))
-	for i, e := range found {
-		grants[i] = e.Grant
-	}
-	return grants
+	return found
 }
 
 // Has says whether there is a grant, live or about to be or to end.
@@ -436,7 +441,7 @@ func (l *Ledger) change(id ID, how func(*Grant)) (Grant, error) {
 	if e == nil || !e.live {
 		return Grant{}, ErrNotFound
 	}
-	changed := e.Grant
+	changed := *e.Grant
 	how(&changed)
 	data, err := json.Marshal(changed)
 	if err != nil {
@@ -448,7 +453,7 @@ func (l *Ledger) change(id ID, how func(*Grant)) (Grant, error) {
 	if err := os.Rename(l.row(id)+renewing, l.row(id)); err != nil {
 		return Grant{}, fmt.Errorf("cannot write the grant down: %w", err)
 	}
-	e.Grant = changed
+	e.Grant = &changed
 	return changed, l.setAlarm(e.Deadline)
 }
 
@@ -514,9 +519,9 @@ func (l *Ledger) execute(owner uint32) {
 }
 
 func (l *Ledger) finish(e *entry, reason Reason) error {
-	err := l.undo(e.Grant, e.namespaces)
+	err := l.undo(*e.Grant, e.namespaces)
 	l.drop(e)
-	l.ended(e.Grant, reason, err)
+	l.ended(*e.Grant, reason, err)
 	return err
 }
 
@@ -529,6 +534,9 @@ func (l *Ledger) drop(e *entry) {
 	}
 	l.mu.Lock()
 	delete(l.entries, e.ID)
+	if place, ok := slices.BinarySearchFunc(l.ordered, e, older); ok {
+		l.ordered = slices.Delete(l.ordered, place, place+1)
+	}
 	if l.perUser[e.Owner]--; l.perUser[e.Owner] == 0 {
 		delete(l.perUser, e.Owner)
 	}

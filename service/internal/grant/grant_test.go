@@ -92,7 +92,11 @@ func (f *fixture) close() {
 
 // of lists a user's grants.
 func (f *fixture) of(owner uint32) []Grant {
-	return f.List(func(g Grant) bool { return g.Owner == owner })
+	grants := []Grant{}
+	for _, g := range f.List(func(g *Grant) bool { return g.Owner == owner }) {
+		grants = append(grants, *g)
+	}
+	return grants
 }
 
 func (f *fixture) heard() (undone []ID, ends []end) {
@@ -337,7 +341,7 @@ func TestQuotas(t *testing.T) {
 	g := add(t, f.Ledger, 2, 0, process)
 	fill := f.Len()
 	for i := range ID(MaxTotal - fill) {
-		f.entries[^i] = &entry{Grant: Grant{ID: ^i}}
+		f.entries[^i] = &entry{Grant: &Grant{ID: ^i}}
 	}
 	refused(2, ErrQuotaTotal)
 	refused(1, ErrQuotaUser)
@@ -759,7 +763,7 @@ func TestEndLater(t *testing.T) {
 	f.EndLater(b.ID, Narrowed)
 	f.EndLater(other.ID, Narrowed)
 	f.EndLater(ID(7), Narrowed)
-	if got := f.List(func(Grant) bool { return true }); len(got) != 0 {
+	if got := f.List(func(*Grant) bool { return true }); len(got) != 0 {
 		t.Errorf("still seen: %v", got)
 	}
 	testtarget.Eventually(t, "the other's ends", func() bool { _, ends := f.heard(); return len(ends) == 1 })

@@ -145,7 +145,7 @@ func handlers(b *broker.Broker) map[string]handler {
 			}
 			grants := []liveGrant{}
 			for _, g := range list {
-				grants = append(grants, liveGrant(g))
+				grants = append(grants, liveGrant(*g))
 			}
 			return &Reply{Parameters: map[string]any{"grants": grants}}, nil
 		},
