@@ -170,14 +170,14 @@ func TestLimits(t *testing.T) {
 
 	text := after(t, page(t, profiles), "# LIMITS")
 	for format, source := range map[string]string{
-		"most N KiB":                  `profile/load.go maxFileSize = (\d+) << 10`,
-		"description N bytes":         `profile/parse.go maxDescription = (\d+)`,
+		"most N KiB":                  `config/load.go MaxFileSize = (\d+) << 10`,
+		"description N bytes":         `config/value.go MaxDescription = (\d+)`,
 		"N names each":                `profile/parse.go maxNames += (\d+)`,
 		"kernel function N bytes":     `profile/parse.go maxIdentifier += (\d+)`,
-		"most N profiles":             `profile/load.go maxProfiles = (\d+)`,
-		"N drop-ins":                  `profile/load.go maxDropIns += (\d+)`,
-		"N entries":                   `profile/load.go maxEntries += (\d+)`,
-		"errors in a file N are said": `profile/parse.go maxErrors = (\d+)`,
+		"most N profiles":             `config/load.go MaxNames = (\d+)`,
+		"N drop-ins":                  `config/load.go MaxDropIns = (\d+)`,
+		"N entries":                   `config/load.go MaxEntries = (\d+)`,
+		"errors in a file N are said": `config/parse.go MaxErrors = (\d+)`,
 	} {
 		m := regexp.MustCompile(strings.Replace(format, "N", `(\d+)`, 1)).FindStringSubmatch(text)
 		if m == nil {

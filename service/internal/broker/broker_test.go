@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
+	"github.com/bpfbroker/bpfbroker/service/internal/config"
 	"github.com/bpfbroker/bpfbroker/service/internal/delegate"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
@@ -41,7 +42,7 @@ func TestRefuse(t *testing.T) {
 		{grant.ErrQuotaTotal, "QuotaExceeded", "limit"},
 		{grant.ErrNotFound, "NoSuchGrant", "request"},
 		{profile.ErrNotFound, "NoSuchProfile", "profile"},
-		{&profile.FileError{}, "InvalidProfile", "profile"},
+		{&config.FileError{}, "InvalidProfile", "profile"},
 		{authority.ErrDenied, "NotAuthorized", "polkit"},
 		{authority.ErrChallenge, "InteractionRequired", "polkit"},
 		{authority.ErrDismissed, "NotAuthorized", "polkit"},

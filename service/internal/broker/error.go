@@ -8,6 +8,7 @@ import (
 	"log/slog"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
+	"github.com/bpfbroker/bpfbroker/service/internal/config"
 	"github.com/bpfbroker/bpfbroker/service/internal/delegate"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
@@ -76,7 +77,7 @@ func Refuse(err error) *Error {
 	if errors.As(err, &already) {
 		return already
 	}
-	var file *profile.FileError
+	var file *config.FileError
 	if errors.As(err, &file) {
 		return &Error{Name: "InvalidProfile", Reason: file.Error(), Layer: "profile", Remedy: "have the administrator mend the file"}
 	}

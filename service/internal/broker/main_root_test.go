@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
+	"github.com/bpfbroker/bpfbroker/service/internal/config"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
 	"github.com/bpfbroker/bpfbroker/service/internal/guard"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
@@ -116,7 +117,7 @@ func (f *fake) open() {
 	}
 }
 
-func (f *fake) load() *profile.Set { return profile.Load(profile.Dirs{Etc: f.profiles}) }
+func (f *fake) load() *profile.Set { return profile.Load(config.Dirs{Etc: f.profiles}) }
 
 // nothingIs wants no rows and no mounts of the process's to be there.
 func (f *fake) nothingIs(p *testtarget.Process) {

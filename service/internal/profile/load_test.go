@@ -14,11 +14,13 @@ import (
 	"unicode"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/config"
 )
 
 // tree makes the three directories, with files by path below them: "etc/x.profile".
 // A content that starts with "->" is a link's target.
-func tree(t testing.TB, files map[string]string) Dirs {
+func tree(t testing.TB, files map[string]string) config.Dirs {
 	t.Helper()
 	root := t.TempDir()
 	for path, content := range files {
@@ -34,11 +36,11 @@ func tree(t testing.TB, files map[string]string) Dirs {
 			t.Fatal(err)
 		}
 	}
-	return Dirs{
+	return config.Dirs{
 		Usr:   filepath.Join(root, "usr"),
 		Run:   filepath.Join(root, "run"),
 		Etc:   filepath.Join(root, "etc"),
-		owner: uint32(os.Getuid()),
+		Owner: uint32(os.Getuid()),
 	}
 }
 
@@ -174,13 +176,13 @@ func TestLoadFiles(t *testing.T) {
 func TestLoadBad(t *testing.T) {
 	t.Parallel()
 	many := map[string]string{"usr/bad.profile": good}
-	for i := range maxDropIns + 1 {
+	for i := range config.MaxDropIns + 1 {
 		many[fmt.Sprintf("usr/bad.profile.d/%02d.conf", i)] = described("x")
 	}
 	tests := []struct {
 		name  string
 		files map[string]string
-		mess  func(t *testing.T, d Dirs)
+		mess  func(t *testing.T, d config.Dirs)
 		want  string // after the temporary directory
 	}{
 		{"misspelt key", map[string]string{"usr/bad.profile": "[Profile]\nDescripton=x\n"}, nil,
@@ -194,7 +196,7 @@ func TestLoadBad(t *testing.T) {
 			`usr/bad.profile:2: control character`},
 		{"1 MiB", map[string]string{"usr/bad.profile": good + strings.Repeat("#", 1<<20)}, nil,
 			`usr/bad.profile: larger than 65536 bytes`},
-		{"one byte too many", map[string]string{"usr/bad.profile": good + strings.Repeat("#", maxFileSize+1-len(good))}, nil,
+		{"one byte too many", map[string]string{"usr/bad.profile": good + strings.Repeat("#", config.MaxFileSize+1-len(good))}, nil,
 			`usr/bad.profile: larger than 65536 bytes`},
 		{"in a drop-in", map[string]string{"usr/bad.profile": good, "etc/bad.profile.d/1.conf": "[Profile]\n\nLeash=1\n"}, nil,
 			`etc/bad.profile.d/1.conf:3: unknown key "Leash" in section [Profile]`},
@@ -215,18 +217,18 @@ func TestLoadBad(t *testing.T) {
 			`usr/bad.profile: cannot stat: no such file or directory`},
 		{"link to itself", map[string]string{"usr/bad.profile": "->bad.profile"}, nil,
 			`usr/bad.profile: cannot stat: too many levels of symbolic links`},
-		{"pipe", nil, func(t *testing.T, d Dirs) {
+		{"pipe", nil, func(t *testing.T, d config.Dirs) {
 			if err := syscall.Mkfifo(filepath.Join(d.Usr, "bad.profile"), 0o644); err != nil {
 				t.Fatal(err)
 			}
 		}, `usr/bad.profile: not a regular file`},
-		{"writable by others", map[string]string{"usr/bad.profile": good}, func(t *testing.T, d Dirs) {
+		{"writable by others", map[string]string{"usr/bad.profile": good}, func(t *testing.T, d config.Dirs) {
 			if err := os.Chmod(filepath.Join(d.Usr, "bad.profile"), 0o646); err != nil {
 				t.Fatal(err)
 			}
 		}, `usr/bad.profile: writable by others than its owner, mode 0646`},
 		{"drop-ins writable by the group", map[string]string{"usr/bad.profile": good, "usr/bad.profile.d/1.conf": good},
-			func(t *testing.T, d Dirs) {
+			func(t *testing.T, d config.Dirs) {
 				if err := os.Chmod(filepath.Join(d.Usr, "bad.profile.d"), 0o775); err != nil {
 					t.Fatal(err)
 				}
@@ -250,8 +252,8 @@ func TestLoadBad(t *testing.T) {
 				t.Error(diff)
 			}
 			_, err := s.Get("bad")
-			if _, ok := errors.AsType[*FileError](err); !ok {
-				t.Fatalf("Get: %v, want a *FileError", err)
+			if _, ok := errors.AsType[*config.FileError](err); !ok {
+				t.Fatalf("Get: %v, want a *config.FileError", err)
 			}
 			want := filepath.Dir(dirs.Usr) + "/" + test.want
 			if err.Error() != want {
@@ -267,7 +269,7 @@ func TestLoadBad(t *testing.T) {
 func TestLoadForeignOwner(t *testing.T) {
 	t.Parallel()
 	dirs := tree(t, map[string]string{"usr/a.profile": good})
-	dirs.owner++
+	dirs.Owner++
 	if got := Load(dirs).All(); got != nil {
 		t.Errorf("offered: %v", got)
 	}
@@ -275,7 +277,7 @@ func TestLoadForeignOwner(t *testing.T) {
 
 func TestLoadNames(t *testing.T) {
 	t.Parallel()
-	long := strings.Repeat("a", maxName)
+	long := strings.Repeat("a", config.MaxName)
 	names := map[string]bool{
 		"a": true, "0": true, "a-b_c-9": true, long: true,
 		long + "a": false, "A": false, "-a": false, "_a": false, "a.b": false, "a b": false, "ä": false, "a\nb": false, "a\x1b": false,
@@ -287,7 +289,7 @@ func TestLoadNames(t *testing.T) {
 	s := Load(tree(t, files))
 	for name, want := range names {
 		p, err := s.Get(name)
-		if _, bad := errors.AsType[*FileError](err); want != (p != nil) || want == bad {
+		if _, bad := errors.AsType[*config.FileError](err); want != (p != nil) || want == bad {
 			t.Errorf("%q: %v, %v", name, p, err)
 		}
 		if err != nil && strings.ContainsFunc(err.Error(), unicode.IsControl) {
@@ -299,11 +301,11 @@ func TestLoadNames(t *testing.T) {
 func TestLoadTooMany(t *testing.T) {
 	t.Parallel()
 	files := map[string]string{}
-	for i := range maxProfiles + 2 {
+	for i := range config.MaxNames + 2 {
 		files[fmt.Sprintf("usr/p%03d.profile", i)] = good
 	}
 	s := Load(tree(t, files))
-	if got := len(s.All()); got != maxProfiles {
+	if got := len(s.All()); got != config.MaxNames {
 		t.Errorf("%d profiles", got)
 	}
 	if got := len(s.Errors()); got != 2 {
@@ -314,12 +316,12 @@ func TestLoadTooMany(t *testing.T) {
 // What can't be read might have masked something.
 func TestLoadUnreadable(t *testing.T) {
 	t.Parallel()
-	for name, mess := range map[string]func(d Dirs) error{
-		"a file":   func(d Dirs) error { return os.WriteFile(d.Etc, nil, 0o644) },
-		"writable": func(d Dirs) error { return errors.Join(os.Mkdir(d.Etc, 0o755), os.Chmod(d.Etc, 0o777)) },
-		"crowded": func(d Dirs) error {
+	for name, mess := range map[string]func(d config.Dirs) error{
+		"a file":   func(d config.Dirs) error { return os.WriteFile(d.Etc, nil, 0o644) },
+		"writable": func(d config.Dirs) error { return errors.Join(os.Mkdir(d.Etc, 0o755), os.Chmod(d.Etc, 0o777)) },
+		"crowded": func(d config.Dirs) error {
 			err := os.Mkdir(d.Etc, 0o755)
-			for i := range maxEntries + 1 {
+			for i := range config.MaxEntries + 1 {
 				err = errors.Join(err, os.WriteFile(filepath.Join(d.Etc, fmt.Sprint(i)), nil, 0o644))
 			}
 			return err

@@ -10,13 +10,15 @@ import (
 	"unicode"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/config"
 )
 
 // parsed reads one text as an administrator's file.
 func parsed(t *testing.T, text string) *Profile {
 	t.Helper()
 	p := &Profile{}
-	for _, err := range parse(p, file{path: "f"}, []byte(text)) {
+	for _, err := range format.Parse(p, config.Source{Path: "f"}, []byte(text)) {
 		t.Error(err)
 	}
 	p.finish()
@@ -214,7 +216,7 @@ func TestParseErrors(t *testing.T) {
 	for _, test := range tests {
 		t.Run("", func(t *testing.T) {
 			t.Parallel()
-			errs := parse(&Profile{}, file{path: "f"}, []byte(test.text))
+			errs := format.Parse(&Profile{}, config.Source{Path: "f"}, []byte(test.text))
 			if len(errs) != 1 || errs[0].Error() != "f:"+test.want {
 				t.Errorf("%.200q\ngot  %v\nwant f:%s", test.text, errs, test.want)
 			}
@@ -225,12 +227,12 @@ func TestParseErrors(t *testing.T) {
 // All mistakes are told in one go, but no more than make sense.
 func TestParseAllErrors(t *testing.T) {
 	t.Parallel()
-	errs := parse(&Profile{}, file{path: "f"}, []byte("[Profile]\nA=\nLease=1h\nB=\n"))
+	errs := format.Parse(&Profile{}, config.Source{Path: "f"}, []byte("[Profile]\nA=\nLease=1h\nB=\n"))
 	if len(errs) != 2 || errs[0].Line != 2 || errs[1].Line != 4 {
 		t.Error(errs)
 	}
 	for _, text := range []string{strings.Repeat("x\n", 1000), "[Profile]\n" + strings.Repeat("A=\n", 1000)} {
-		if errs := parse(&Profile{}, file{path: "f"}, []byte(text)); len(errs) != maxErrors {
+		if errs := format.Parse(&Profile{}, config.Source{Path: "f"}, []byte(text)); len(errs) != config.MaxErrors {
 			t.Errorf("%d errors", len(errs))
 		}
 	}
@@ -239,7 +241,7 @@ func TestParseAllErrors(t *testing.T) {
 	for i := range maxNames + 1 {
 		fmt.Fprintf(&many, "Kfuncs=f%d\n", i)
 	}
-	errs = parse(&Profile{}, file{path: "f"}, []byte(many.String()))
+	errs = format.Parse(&Profile{}, config.Source{Path: "f"}, []byte(many.String()))
 	if len(errs) != 1 || errs[0].Error() != "f:1026: Kfuncs=: more than 1024 names" {
 		t.Error(errs)
 	}
@@ -254,7 +256,7 @@ func TestParseSpan(t *testing.T) {
 		"1M": 2629800 * time.Second, "1y": 31557600 * time.Second, "1w": 7 * day, "1.5h": 90 * time.Minute, "2500ms": 2500 * time.Millisecond,
 		"0.000001s": time.Microsecond, "1hour 2hours": 3 * time.Hour, "292y": 292 * 31557600 * time.Second,
 	} {
-		if got, err := parseSpan(value); err != nil || got != want {
+		if got, err := config.ParseSpan(value); err != nil || got != want {
 			t.Errorf("%q: %v, %v, want %v", value, got, err, want)
 		}
 	}
@@ -262,7 +264,7 @@ func TestParseSpan(t *testing.T) {
 		"h", "1 2", "1x", "-1h", "1h -1s", "1.2.3h", ".5h", "1e3", "∞", "infinity 1h", "1hh", "1H", "99999999999999999999", "293y",
 		"292y 1y", "1h,2s", "+1h", "1_000s", ".", "1h .",
 	} {
-		if got, err := parseSpan(value); err == nil {
+		if got, err := config.ParseSpan(value); err == nil {
 			t.Errorf("%q: %v", value, got)
 		}
 	}
@@ -342,7 +344,7 @@ func FuzzParse(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		p := &Profile{}
-		errs := parse(p, file{path: "f"}, data)
+		errs := format.Parse(p, config.Source{Path: "f"}, data)
 		lines := strings.Count(string(data), "\n") + 1
 		for _, e := range errs {
 			if e.Line < 0 || e.Line > lines || e.Reason == "not every line was understood" {
@@ -367,7 +369,7 @@ func FuzzParse(f *testing.F) {
 			t.Errorf("%+v", p)
 		}
 		again := &Profile{}
-		if errs := parse(again, file{path: "f"}, append(append([]byte{}, data...), "\n"...)); errs != nil {
+		if errs := format.Parse(again, config.Source{Path: "f"}, append(append([]byte{}, data...), "\n"...)); errs != nil {
 			t.Errorf("not with a line's end: %v", errs)
 		}
 	})

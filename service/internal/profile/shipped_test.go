@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/config"
 )
 
 const shipped = "../../../packaging/profiles"
@@ -30,7 +32,7 @@ func shippedFiles(t testing.TB) map[string][]byte {
 }
 
 // shippedDirs has copies: a checkout may be anybody's.
-func shippedDirs(t testing.TB) Dirs {
+func shippedDirs(t testing.TB) config.Dirs {
 	t.Helper()
 	files := map[string]string{}
 	for name, data := range shippedFiles(t) {

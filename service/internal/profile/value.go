@@ -6,18 +6,18 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"math/bits"
 	"strconv"
-	"strings"
 	"time"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/config"
 )
 
-func setLease(p *Profile, _ file, value string) error {
+func setLease(p *Profile, _ config.Source, value string) error {
 	if value == "" || value == "infinity" {
 		p.Lease = 0
 		return nil
 	}
-	d, err := parseSpan(value)
+	d, err := config.ParseSpan(value)
 	if err != nil {
 		return err
 	}
@@ -29,7 +29,7 @@ func setLease(p *Profile, _ file, value string) error {
 }
 
 func setCount(field func(*Profile) *int) setter {
-	return func(p *Profile, _ file, value string) error {
+	return func(p *Profile, _ config.Source, value string) error {
 		if value == "" {
 			*field(p) = 0
 			return nil
@@ -43,76 +43,15 @@ func setCount(field func(*Profile) *int) setter {
 	}
 }
 
-func setMapBytes(p *Profile, _ file, value string) error {
+func setMapBytes(p *Profile, _ config.Source, value string) error {
 	if value == "" {
 		p.MaxMapBytes = 0
 		return nil
 	}
-	number, factor := value, uint64(1)
-	if i := strings.IndexByte("KMGT", value[len(value)-1]); i >= 0 {
-		number, factor = value[:len(value)-1], 1<<(10*(i+1))
-	}
-	n, err := strconv.ParseUint(number, 10, 64)
-	over, size := bits.Mul64(n, factor)
-	if err != nil || n == 0 || over != 0 {
-		return fmt.Errorf("%.64q is no size: bytes, or with K, M, G or T", value)
+	size, err := config.ParseSize(value)
+	if err != nil {
+		return err
 	}
 	p.MaxMapBytes = size
 	return nil
-}
-
-// spanUnits are systemd's, with its lengths of months and years; see
-// systemd.time(7).
-var spanUnits = map[string]time.Duration{
-	"us": time.Microsecond, "usec": time.Microsecond,
-	"ms": time.Millisecond, "msec": time.Millisecond,
-	"s": time.Second, "sec": time.Second, "second": time.Second, "seconds": time.Second,
-	"m": time.Minute, "min": time.Minute, "minute": time.Minute, "minutes": time.Minute,
-	"h": time.Hour, "hr": time.Hour, "hour": time.Hour, "hours": time.Hour,
-	"d": 24 * time.Hour, "day": 24 * time.Hour, "days": 24 * time.Hour,
-	"w": 168 * time.Hour, "week": 168 * time.Hour, "weeks": 168 * time.Hour,
-	"M": 2629800 * time.Second, "month": 2629800 * time.Second, "months": 2629800 * time.Second,
-	"y": 31557600 * time.Second, "year": 31557600 * time.Second, "years": 31557600 * time.Second,
-}
-
-// parseSpan reads a time span as systemd does: "8h", "1h 30min", "1.5d"; a
-// number alone is seconds.
-func parseSpan(value string) (time.Duration, error) {
-	wrong := fmt.Errorf("%.64q is no time span", value)
-	rest := value
-	if strings.Trim(rest, "0123456789.") == "" {
-		rest += "s"
-	}
-	var sum time.Duration
-	for rest != "" {
-		number := rest[:len(rest)-len(strings.TrimLeft(rest, "0123456789."))]
-		rest = strings.TrimLeft(rest[len(number):], " \t")
-		name := rest
-		if i := strings.IndexAny(rest, "0123456789. \t"); i >= 0 {
-			name = rest[:i]
-		}
-		rest = strings.TrimLeft(rest[len(name):], " \t")
-
-		length, ok := spanUnits[name]
-		whole, fraction, _ := strings.Cut(number, ".")
-		n, err := strconv.ParseUint(whole, 10, 63)
-		over, product := bits.Mul64(n, uint64(length))
-		if !ok || err != nil || over != 0 || product > math.MaxInt64 {
-			return 0, wrong
-		}
-		part := time.Duration(product)
-		for _, c := range []byte(fraction) {
-			if !digit(c) {
-				return 0, wrong
-			}
-			length /= 10
-			part += time.Duration(c-'0') * length
-		}
-		sum += part
-		// Both were positive, so is their sum unless it overflows.
-		if part < 0 || sum < 0 {
-			return 0, wrong
-		}
-	}
-	return sum, nil
 }
