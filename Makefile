@@ -9,6 +9,7 @@ MANDIR ?= $(DATADIR)/man
 UNITDIR ?= /usr/lib/systemd/system
 CATALOGDIR ?= /usr/lib/systemd/catalog
 PROFILEDIR ?= /usr/lib/bpfbroker/profiles.d
+OBJECTDIR ?= /usr/lib/bpfbroker/objects.d
 POLKITDIR ?= /usr/share/polkit-1/actions
 DBUSDIR ?= /usr/share/dbus-1
 # Container engines look there and in /etc, whatever the prefix.
@@ -22,7 +23,7 @@ GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 STATICCHECK = $(GO) run honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
 # The manual, if there is something to make it with.
-MAN = $(if $(shell command -v scdoc),bpfbroker.1 bpfbroker-profiles.5 bpfbrokerd.8)
+MAN = $(if $(shell command -v scdoc),bpfbroker.1 bpfbroker-profiles.5 bpfbroker-objects.5 bpfbrokerd.8)
 
 all: $(BUILD)/bpfbroker $(BUILD)/bpfbrokerd $(BUILD)/bpfbroker.service $(BUILD)/bpfbroker-cdi.service $(BUILD)/bpfbroker.json $(MAN:%=$(BUILD)/man/%)
 
@@ -59,7 +60,7 @@ install: all
 	install -D -m 0644 -t $(DESTDIR)$(DATADIR)/doc/bpfbroker/polkit polkit/examples/*.rules
 	install -D -m 0644 -t $(DESTDIR)$(DATADIR)/doc/bpfbroker/units units/examples/profile.conf
 	install -D -m 0644 -t $(DESTDIR)$(HOOKDIR) $(BUILD)/bpfbroker.json
-	install -d -m 0755 $(DESTDIR)/etc/bpfbroker/profiles.d
+	install -d -m 0755 $(DESTDIR)/etc/bpfbroker/profiles.d $(DESTDIR)/etc/bpfbroker/objects.d $(DESTDIR)$(OBJECTDIR)
 	for page in $(MAN); do install -D -m 0644 -t $(DESTDIR)$(MANDIR)/man$${page##*.} $(BUILD)/man/$$page || exit 1; done
 	install -d -m 0755 $(DESTDIR)$(DATADIR)/bash-completion/completions $(DESTDIR)$(DATADIR)/zsh/site-functions $(DESTDIR)$(DATADIR)/fish/vendor_completions.d
 	$(BUILD)/bpfbroker completion bash >$(DESTDIR)$(DATADIR)/bash-completion/completions/bpfbroker
@@ -70,7 +71,7 @@ install: all
 install-programs: $(BUILD)/count.bpf.o
 	$(GOBUILD) -o $(BUILD)/programs/ ./test/programs/...
 	install -D -m 0755 -t $(DESTDIR)/usr/local/bin $(BUILD)/programs/*
-	install -D -m 0644 -t $(DESTDIR)/usr/local/lib $(BUILD)/count.bpf.o
+	install -D -m 0644 -t $(DESTDIR)/usr/local/lib $(BUILD)/count.bpf.o service/internal/catalog/testdata/*.bpf.o
 
 $(BUILD)/%.bpf.o: test/programs/%.bpf.c
 	mkdir -p $(BUILD)
@@ -90,7 +91,7 @@ uninstall:
 	rm -f $(DESTDIR)$(DBUSDIR)/system.d/org.bpfbroker.Broker1.conf $(DESTDIR)$(DBUSDIR)/system-services/org.bpfbroker.Broker1.service
 	rm -f $(DESTDIR)$(DBUSDIR)/interfaces/org.bpfbroker.Broker1.xml
 	rm -rf $(DESTDIR)$(PROFILEDIR) $(DESTDIR)$(DATADIR)/doc/bpfbroker
-	rm -f $(DESTDIR)$(MANDIR)/man1/bpfbroker.1 $(DESTDIR)$(MANDIR)/man5/bpfbroker-profiles.5 $(DESTDIR)$(MANDIR)/man8/bpfbrokerd.8
+	rm -f $(DESTDIR)$(MANDIR)/man1/bpfbroker.1 $(DESTDIR)$(MANDIR)/man5/bpfbroker-profiles.5 $(DESTDIR)$(MANDIR)/man5/bpfbroker-objects.5 $(DESTDIR)$(MANDIR)/man8/bpfbrokerd.8
 	rm -f $(DESTDIR)$(DATADIR)/bash-completion/completions/bpfbroker $(DESTDIR)$(DATADIR)/zsh/site-functions/_bpfbroker
 	rm -f $(DESTDIR)$(DATADIR)/fish/vendor_completions.d/bpfbroker.fish
 
@@ -115,7 +116,7 @@ test:
 	shellcheck test/setup test/machines/recipe.sh .ci/run
 	xmllint --noout polkit/org.bpfbroker.policy
 	$(MAKE) check check-generate
-	$(GO) test -tags root ./service/internal/kernel ./service/internal/delegate ./service/internal/grant ./service/internal/broker
+	$(GO) test -tags root ./service/internal/kernel ./service/internal/delegate ./service/internal/grant ./service/internal/broker ./service/internal/catalog
 	$(GO) test -count=1 ./test/machines ./test/scenarios
 	$(MAKE) test-kernels
 

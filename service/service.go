@@ -23,6 +23,7 @@ import (
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
 	"github.com/bpfbroker/bpfbroker/service/internal/broker"
 	"github.com/bpfbroker/bpfbroker/service/internal/bus"
+	"github.com/bpfbroker/bpfbroker/service/internal/catalog"
 	"github.com/bpfbroker/bpfbroker/service/internal/guard"
 	"github.com/bpfbroker/bpfbroker/service/internal/journal"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
@@ -37,6 +38,10 @@ const (
 	stateDir = "/run/bpfbroker/grants"
 	// guardDir is where the guard is pinned.
 	guardDir = "/sys/fs/bpf/bpfbroker/guard"
+	// objectsDir has what objects are pinned as, and objectUsersDir the processes
+	// that they are kept for.
+	objectsDir     = "/sys/fs/bpf/bpfbroker/objects"
+	objectUsersDir = "/run/bpfbroker/objects"
 	// socketName is the name that bpfbroker.socket gives the socket
 	// (FileDescriptorName=).
 	socketName = "varlink"
@@ -71,6 +76,11 @@ func Run(version string) error {
 	if err := os.MkdirAll(stateDir, 0o700); err != nil {
 		return fmt.Errorf("cannot make the ledger's directory: %w", err)
 	}
+	objects, err := catalog.New(objectsDir, objectUsersDir)
+	if err != nil {
+		return err
+	}
+	defer objects.Close()
 	polkit := authority.New()
 	defer polkit.Close()
 	g, noGuard := openGuard()
@@ -79,6 +89,9 @@ func Run(version string) error {
 		return err
 	}
 	defer b.Close()
+	b.Publish(objects)
+	// Before READY=1: what is loaded at boot is there for units after this one.
+	b.SetObjects(catalog.Load(catalog.DefaultDirs()))
 	users := limit.NewUsers(limit.Requests, limit.Rate, limit.Burst)
 	socket, err := varlink.NewFront(b, users, version)
 	if err != nil {
@@ -103,11 +116,12 @@ func Run(version string) error {
 			}
 			notify(daemon.SdNotifyReloading + "\n" + daemon.SdNotifyMonotonicUsec())
 			b.SetProfiles(profile.Load(profile.DefaultDirs()))
+			b.SetObjects(catalog.Load(catalog.DefaultDirs()))
 			notify(daemon.SdNotifyReady)
 		}
 	})
 	go func() {
-		waitIdle(ctx, b.Grants, socket, bus)
+		waitIdle(ctx, b.Busy, socket, bus)
 		notify(daemon.SdNotifyStopping)
 		cancel(nil)
 	}()
@@ -147,8 +161,12 @@ func openGuard() (*guard.Guard, error) {
 	return g, err
 }
 
-// CheckConfig returns what is wrong with the profiles.
-func CheckConfig() []error { return profile.Load(profile.DefaultDirs()).Errors() }
+// CheckConfig returns what is wrong with the profiles and the objects. It looks
+// into the objects' ELF files and loads nothing.
+func CheckConfig() []error {
+	errs := profile.Load(profile.DefaultDirs()).Errors()
+	return append(errs, catalog.Check(catalog.Load(catalog.DefaultDirs()))...)
+}
 
 // listen takes the socket over from systemd, which goes on listening on it
 // when the daemon has gone.
@@ -172,8 +190,8 @@ func listen() (*net.UnixListener, error) {
 type front interface{ IdleSince() (time.Time, bool) }
 
 // waitIdle returns when ctx ends, or when nobody has been connected for a
-// while and there is no grant whose end the daemon would have to see to.
-func waitIdle(ctx context.Context, grants func() int, fronts ...front) {
+// while and there is nothing whose end the daemon would have to see to.
+func waitIdle(ctx context.Context, busy func() bool, fronts ...front) {
 	wait := idleTime
 	for {
 		select {
@@ -182,7 +200,7 @@ func waitIdle(ctx context.Context, grants func() int, fronts ...front) {
 		case <-time.After(wait):
 		}
 		wait = idleTime
-		idle := grants() == 0
+		idle := !busy()
 		var last time.Time
 		for _, front := range fronts {
 			since, quiet := front.IdleSince()

@@ -41,13 +41,8 @@ func TestWaitIdle(t *testing.T) {
 					time.AfterFunc(test.stop, cancel)
 				}
 				begun := time.Now()
-				grants := func() int {
-					if time.Since(begun) < test.grants {
-						return 1
-					}
-					return 0
-				}
-				waitIdle(ctx, grants, busyUntil{begun.Add(test.socket)}, busyUntil{begun.Add(test.bus)})
+				busy := func() bool { return time.Since(begun) < test.grants }
+				waitIdle(ctx, busy, busyUntil{begun.Add(test.socket)}, busyUntil{begun.Add(test.bus)})
 				if took := time.Since(begun); took < test.from || took > test.to {
 					t.Errorf("it exits after %v, not between %v and %v", took, test.from, test.to)
 				}

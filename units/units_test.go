@@ -19,13 +19,13 @@ const oldest = 253
 var since = map[string]int{
 	"After": 201, "Description": 201, "Documentation": 201, "Requires": 201, "WantedBy": 201,
 	"Backlog": 0, "DirectoryMode": 0, "FileDescriptorName": 227, "ListenStream": 0, "SocketMode": 0, "Symlinks": 214,
-	"BusName": 0, "ExecReload": 0, "ExecStart": 0, "PropagatesReloadTo": 209, "RemainAfterExit": 0, "NotifyAccess": 0, "RestartPreventExitStatus": 189, "Type": 0, "WatchdogSec": 0,
+	"BusName": 0, "ExecReload": 0, "ExecStart": 0, "ExecStartPre": 0, "PropagatesReloadTo": 209, "RemainAfterExit": 0, "NotifyAccess": 0, "RestartPreventExitStatus": 189, "Type": 0, "WatchdogSec": 0,
 	"RuntimeDirectory": 211, "RuntimeDirectoryMode": 234, "RuntimeDirectoryPreserve": 235, "UMask": 0,
-	"LimitCORE": 0, "LimitNOFILE": 0, "MemoryMax": 231, "TasksMax": 227,
+	"LimitCORE": 0, "LimitMEMLOCK": 0, "LimitNOFILE": 0, "MemoryMax": 231, "TasksMax": 227,
 	"CapabilityBoundingSet": 0, "DevicePolicy": 208, "IPAddressDeny": 235, "LockPersonality": 235, "MemoryDenyWriteExecute": 231,
-	"NoNewPrivileges": 187, "PrivateDevices": 209, "PrivateNetwork": 0, "PrivateTmp": 0, "ProcSubset": 247,
+	"NoNewPrivileges": 187, "PrivateDevices": 209, "PrivateTmp": 0, "ProcSubset": 247,
 	"ProtectClock": 245, "ProtectControlGroups": 232, "ProtectHome": 214, "ProtectHostname": 242, "ProtectKernelLogs": 244,
-	"ProtectKernelModules": 232, "ProtectKernelTunables": 232, "ProtectProc": 247, "ProtectSystem": 214, "RemoveIPC": 232,
+	"ProtectKernelModules": 232, "ProtectKernelTunables": 232, "ProtectProc": 247, "ProtectSystem": 214, "ReadWritePaths": 231, "RemoveIPC": 232,
 	"RestrictAddressFamilies": 211, "RestrictNamespaces": 233, "RestrictRealtime": 231, "RestrictSUIDSGID": 242,
 	"SystemCallArchitectures": 209, "SystemCallErrorNumber": 209, "SystemCallFilter": 187,
 }

@@ -19,6 +19,7 @@ const (
 	bpfbroker  = "bpfbroker.1.scd"
 	bpfbrokerd = "bpfbrokerd.8.scd"
 	profiles   = "bpfbroker-profiles.5.scd"
+	objects    = "bpfbroker-objects.5.scd"
 )
 
 func read(t *testing.T, path string) string {
@@ -54,6 +55,8 @@ func TestNames(t *testing.T) {
 		{source: internal + "profile/mask.go", match: `\t"(\w+)": +\{`, page: profiles, after: "var groups"},
 		{source: internal + "profile/tier.go", match: `\d: +\{"(\w+)"`, page: profiles},
 		{source: internal + "profile/tier.go", match: `"(bpf_\w+|\w*send_signal\w*|override_return|probe_write_user)"`, page: profiles, after: "var ("},
+		{source: internal + "catalog/file.go", match: `\t"(\w+)": +(?:set|func)`, page: objects, after: "objectKeys ="},
+		{source: internal + "catalog/file.go", match: `Access = "([a-z-]+)"`, page: objects},
 		{source: internal + "varlink/org.bpfbroker.Broker.varlink", match: `\nerror (\w+)`, page: bpfbrokerd},
 		{source: internal + "varlink/org.bpfbroker.Broker.varlink", match: `\nmethod (\w+)`, page: bpfbrokerd},
 		{source: internal + "authority/action.go", match: `"org\.bpfbroker\.([a-z-]+)"`, page: bpfbrokerd},
@@ -188,6 +191,36 @@ func TestLimits(t *testing.T) {
 	}
 }
 
+// The limits of objects are those of the source.
+func TestObjectLimits(t *testing.T) {
+	t.Parallel()
+	text := page(t, objects)
+	for format, source := range map[string]string{
+		"most N MiB":                  `catalog/file.go maxFile = (\d+) << 20`,
+		"NM if it":                    `catalog/file.go maxMapBytes = (\d+) << 20`,
+		"most N long":                 `config/load.go MaxName = (\d+)`,
+		"file has at most N KiB":      `config/load.go MaxFileSize = (\d+) << 10`,
+		"most N objects":              `config/load.go MaxNames = (\d+)`,
+		"with N maps":                 `catalog/file.go maxSections = (\d+)`,
+		"and N programs":              `catalog/file.go maxSections = (\d+)`,
+		"N places":                    `catalog/file.go maxTargets = (\d+)`,
+		"and N variables":             `catalog/file.go maxData = (\d+)`,
+		"rate up to NHz":              `catalog/attach.go maxFrequency = (\d+)`,
+		"again for N seconds":         `catalog/catalog.go retryTime = (\d+) \* time.Second`,
+		"kept for are N in all":       `catalog/use.go maxUsers = (\d+)`,
+		"copied into: N frames":       `kernel/xdp.go PacketFrames    = (\d+)`,
+		"of N bytes":                  `kernel/xdp.go PacketFrameSize = (\d+)`,
+		"mount has at most N objects": `broker/objects.go maxMounted = (\d+)`,
+	} {
+		m := regexp.MustCompile(strings.Replace(format, "N", `(\d+)`, 1)).FindStringSubmatch(text)
+		if m == nil {
+			t.Errorf("%s does not have %q", objects, format)
+			continue
+		}
+		checkLimit(t, format, m[1], source)
+	}
+}
+
 func limits(text, row string) map[string]string {
 	text, _, _ = strings.Cut(text[1:], "\n#")
 	all := make(map[string]string)
@@ -220,7 +253,7 @@ func TestPages(t *testing.T) {
 			t.Skip(err)
 		}
 	}
-	for _, name := range []string{bpfbroker, bpfbrokerd, profiles} {
+	for _, name := range []string{bpfbroker, bpfbrokerd, profiles, objects} {
 		scdoc := exec.Command("scdoc")
 		scdoc.Stdin = strings.NewReader(read(t, name))
 		roff, err := scdoc.Output()

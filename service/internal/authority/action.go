@@ -19,6 +19,12 @@ const (
 	TokenUnlimitedOthers Action = "org.bpfbroker.token-unlimited-others"
 )
 
+// The actions for what an object publishes: to read it, and to change it.
+const (
+	OpenObject         Action = "org.bpfbroker.open-object"
+	OpenObjectWritable Action = "org.bpfbroker.open-object-writable"
+)
+
 // ManageGrants is the action for seeing, renewing and ending the grants of other
 // users. It has no details: a dialog would tell what it is asked for.
 const ManageGrants Action = "org.bpfbroker.manage-grants"

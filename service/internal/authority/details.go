@@ -13,7 +13,8 @@ import (
 // action.lookup("profile"), and the policy's messages as $(profile). The broker
 // computes every value from verified facts; none is copied from the peer.
 const (
-	// DetailProfile is the profile's name. Every check has it: the messages use it.
+	// DetailProfile is the profile's name. Every check for a token has it: the
+	// messages use it.
 	DetailProfile = "profile"
 	// DetailTier is the tier as it would be enforced: basic, network, tracing, unlimited.
 	DetailTier = "tier"
@@ -30,19 +31,30 @@ const (
 	// DetailPeerUserUnit is the unit of a user manager's that the peer runs in.
 	// Empty when there is none. Users give their own units any name they like.
 	DetailPeerUserUnit = "peer.user-unit"
-	// DetailTargetUID is the uid that owns the target, in decimal. Every check has
-	// it: the messages of the Others twins use it.
+	// DetailTargetUID is the uid that owns the target, in decimal. Every check
+	// for a token has it: the messages of the Others twins use it.
 	DetailTargetUID = "target.uid"
 	// DetailTargetUnit and DetailTargetUserUnit are the same for the target's
 	// process.
 	DetailTargetUnit     = "target.unit"
 	DetailTargetUserUnit = "target.user-unit"
+	// DetailObject is the object's name. Every check for a part of one has it: the
+	// messages use it.
+	DetailObject = "object"
+	// DetailMap and DetailProgram are the name under which the part is published.
+	// One of them is empty.
+	DetailMap     = "map"
+	DetailProgram = "program"
+	// DetailAccess is what the descriptor is good for: read-only, read-write,
+	// write-only, consume (a ring buffer), or receive (packets).
+	DetailAccess = "access"
 )
 
 var detailKeys = []string{
 	DetailProfile, DetailTier, DetailGuard, DetailPrograms,
 	DetailPeerUnit, DetailPeerUserUnit,
 	DetailTargetUID, DetailTargetUnit, DetailTargetUserUnit,
+	DetailObject, DetailMap, DetailProgram, DetailAccess,
 }
 
 // maxDetail is the longest value, in bytes. The names of all program types are

@@ -120,6 +120,9 @@ func TestPolicyTexts(t *testing.T) {
 		if strings.HasSuffix(action.ID, "-others") {
 			want = []string{DetailTargetUID, DetailProfile}
 		}
+		if strings.HasPrefix(action.ID, string(OpenObject)) {
+			want = []string{DetailObject}
+		}
 		if action.ID == string(ManageGrants) {
 			want = nil
 		}

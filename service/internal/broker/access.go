@@ -27,11 +27,25 @@ var Methods = map[string]Access{
 	"RevokeGrant":     {Actions: manageActions},
 	"Check":           {},
 	"AcquireToken":    {Actions: tokenActions, Details: tokenDetails},
+	"ListObjects":     {},
+	"DescribeObject":  {},
+	"OpenLink":        {},
+	"OpenMap":         {Actions: objectActions, Details: objectDetails},
+	"OpenSocket":      {Actions: objectActions[1:], Details: objectDetails},
+	"OpenProgram":     {Actions: objectActions[1:], Details: objectDetails},
+	"MountObjects":    {Actions: objectActions, Details: objectDetails, Files: 1},
 	"MountToken":      {Actions: tokenActions, Details: tokenDetails, Files: 1},
 }
 
 // manageActions is for the grants of others. One's own need none.
 var manageActions = []authority.Action{authority.ManageGrants}
+
+var objectActions = []authority.Action{authority.OpenObject, authority.OpenObjectWritable}
+
+var objectDetails = []string{
+	authority.DetailObject, authority.DetailMap, authority.DetailProgram, authority.DetailAccess,
+	authority.DetailPeerUnit, authority.DetailPeerUserUnit,
+}
 
 var tokenActions = []authority.Action{
 	authority.TokenBasic, authority.TokenBasicOthers,

@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
+	"github.com/bpfbroker/bpfbroker/service/internal/catalog"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
 	"github.com/bpfbroker/bpfbroker/service/internal/guard"
 	"github.com/bpfbroker/bpfbroker/service/internal/journal"
@@ -34,6 +35,7 @@ type Broker struct {
 	watchers  watchers
 	profiles  atomic.Pointer[profile.Set]
 	guard     *guarding
+	objects   *catalog.Catalog
 }
 
 // New opens the ledger in dir and returns a broker that offers the profiles. The
@@ -61,8 +63,11 @@ func (b *Broker) SetProfiles(profiles *profile.Set) {
 	b.narrow(profiles)
 }
 
-// Grants returns the number of grants there are. While there are any, the
-// broker has leases to end and processes to watch.
+// Busy says whether there is something to watch: grants have leases and
+// processes, and some objects have users or interfaces.
+func (b *Broker) Busy() bool { return b.Grants() > 0 || b.objects.Busy() }
+
+// Grants returns the number of grants there are.
 func (b *Broker) Grants() int { return b.ledger.Len() }
 
 // Close stops the broker. The grants stay.

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
+	"github.com/bpfbroker/bpfbroker/service/internal/catalog"
 	"github.com/bpfbroker/bpfbroker/service/internal/config"
 	"github.com/bpfbroker/bpfbroker/service/internal/delegate"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
@@ -42,6 +43,15 @@ func TestRefuse(t *testing.T) {
 		{grant.ErrQuotaTotal, "QuotaExceeded", "limit"},
 		{grant.ErrNotFound, "NoSuchGrant", "request"},
 		{profile.ErrNotFound, "NoSuchProfile", "profile"},
+		{catalog.ErrNoSuchObject, "NoSuchObject", "object"},
+		{catalog.ErrNoSuchMap, "NoSuchMap", "object"},
+		{catalog.ErrNoSuchProgram, "NoSuchProgram", "object"},
+		{catalog.ErrNoSuchLink, "NoSuchLink", "object"},
+		{catalog.ErrNotOffered, "AccessNotOffered", "object"},
+		{kernel.ErrQueueTaken, "QueueTaken", "object"},
+		{catalog.ErrNotAttached, "NoSuchQueue", "object"},
+		{kernel.ErrQueueUnknown, "NoSuchQueue", "request"},
+		{catalog.ErrTooManyUsers, "QuotaExceeded", "limit"},
 		{&config.FileError{}, "InvalidProfile", "profile"},
 		{authority.ErrDenied, "NotAuthorized", "polkit"},
 		{authority.ErrChallenge, "InteractionRequired", "polkit"},
@@ -80,7 +90,7 @@ func TestAccessTable(t *testing.T) {
 	}
 	for name, access := range Methods {
 		files := 0
-		if name == "MountToken" {
+		if name == "MountToken" || name == "MountObjects" {
 			files = 1
 		}
 		if access.Files != files {

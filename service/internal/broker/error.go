@@ -8,6 +8,7 @@ import (
 	"log/slog"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
+	"github.com/bpfbroker/bpfbroker/service/internal/catalog"
 	"github.com/bpfbroker/bpfbroker/service/internal/config"
 	"github.com/bpfbroker/bpfbroker/service/internal/delegate"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
@@ -21,8 +22,8 @@ type Error struct {
 	Name string
 	// Reason is a sentence without its full stop.
 	Reason string
-	// Layer is what refused: request, profile, target, polkit, kernel, guard
-	// or limit.
+	// Layer is what refused: request, profile, object, target, polkit, kernel,
+	// guard or limit.
 	Layer string
 	// Remedy is what would change it, "" if nothing would.
 	Remedy string
@@ -57,6 +58,15 @@ var refusals = []struct {
 	{grant.ErrQuotaUser, "QuotaExceeded", "limit", "revoke grants that are no longer needed"},
 	{grant.ErrQuotaTotal, "QuotaExceeded", "limit", "try again when other users' grants have ended"},
 	{grant.ErrNotFound, "NoSuchGrant", "request", "see \"bpfbroker list\""},
+	{catalog.ErrNoSuchObject, "NoSuchObject", "object", "see \"bpfbroker objects\""},
+	{catalog.ErrNoSuchMap, "NoSuchMap", "object", "see \"bpfbroker object show\""},
+	{catalog.ErrNoSuchProgram, "NoSuchProgram", "object", "see \"bpfbroker object show\""},
+	{catalog.ErrNoSuchLink, "NoSuchLink", "object", "see \"bpfbroker object show\""},
+	{catalog.ErrNotOffered, "AccessNotOffered", "object", "ask for an access that \"bpfbroker object show\" has"},
+	{kernel.ErrQueueTaken, "QueueTaken", "object", "ask for another queue, or when the other one has ended"},
+	{catalog.ErrNotAttached, "NoSuchQueue", "object", "ask when the interface is there"},
+	{kernel.ErrQueueUnknown, "NoSuchQueue", "request", "ask for a queue that both the interface and the map have"},
+	{catalog.ErrTooManyUsers, "QuotaExceeded", "limit", "try again when others have ended"},
 	{profile.ErrNotFound, "NoSuchProfile", "profile", "see \"bpfbroker profiles\""},
 	{authority.ErrDenied, "NotAuthorized", "polkit", "ask the administrator for a polkit rule"},
 	{authority.ErrChallenge, "InteractionRequired", "polkit", "allow interactive authorization and have an authentication agent, or ask the administrator for a polkit rule"},

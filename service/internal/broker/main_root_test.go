@@ -169,7 +169,7 @@ func named(t *testing.T, err error, want string) *Error {
 	if e.Name != want {
 		t.Errorf("got %s (%s), want %s", e.Name, e.Reason, want)
 	}
-	layers := []string{"request", "profile", "target", "polkit", "kernel", "guard", "limit"}
+	layers := []string{"request", "profile", "object", "target", "polkit", "kernel", "guard", "limit"}
 	if e.Reason == "" || !slices.Contains(layers, e.Layer) || e.Remedy == "" && want != "Canceled" {
 		t.Errorf("not all of an error: %+v", e)
 	}

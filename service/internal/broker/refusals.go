@@ -26,7 +26,7 @@ type refusalLog struct {
 	count map[uint32]int
 }
 
-func (l *refusalLog) log(ctx context.Context, c Caller, profileName string, e *Error) {
+func (l *refusalLog) log(ctx context.Context, c Caller, refused journal.Event, e *Error, what slog.Attr) {
 	owner := slog.Uint64(journal.KeyOwner, uint64(c.UID))
 	switch n := l.next(c.UID); {
 	case n > refusalsLogged:
@@ -39,8 +39,8 @@ func (l *refusalLog) log(ctx context.Context, c Caller, profileName string, e *E
 		journal.LimitExceeded.Log(ctx, owner, slog.String(journal.KeyLimit, e.Reason))
 		return
 	}
-	journal.RequestRefused.Log(ctx,
-		slog.String(journal.KeyProfile, profileName),
+	refused.Log(ctx,
+		what,
 		owner,
 		slog.Int(journal.KeyProcess, c.Process.PID),
 		slog.String(journal.KeyUnit, c.unitName()),

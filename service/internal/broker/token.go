@@ -56,7 +56,7 @@ func (b *Broker) grantToken(ctx context.Context, c Caller, profileName string, p
 	defer func() {
 		if err != nil {
 			refusal := Refuse(err)
-			b.refusals.log(ctx, c, profileName, refusal)
+			b.refusals.log(ctx, c, journal.RequestRefused, refusal, slog.String(journal.KeyProfile, profileName))
 			err = refusal
 		}
 	}()
@@ -207,11 +207,10 @@ func (b *Broker) ask(ctx context.Context, c Caller, a authorized) error {
 	p, owner := a.profile, a.target.Owner
 	others := owner != c.UID
 	err := b.authority.Check(ctx, c.subject(), tokenAction(p.Tier(b.guarded()), others), b.tokenDetailsOf(p, owner, callerUnit, a.unit), c.Interactive)
-	denied := errors.Is(err, authority.ErrDenied) || errors.Is(err, authority.ErrChallenge) || errors.Is(err, authority.ErrDismissed)
 	switch {
 	case err == nil:
 		return nil
-	case others && denied:
+	case others && refused(err):
 		return &Error{
 			Name:   "NamespaceNotOwned",
 			Reason: fmt.Sprintf("cannot grant %s: the user namespace belongs to uid %d: %v", p.Name, owner, err),

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/broker"
+	"github.com/bpfbroker/bpfbroker/service/internal/catalog"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
 	"github.com/bpfbroker/bpfbroker/service/internal/limit"
@@ -242,6 +243,60 @@ func (b *fakeBroker) end(id grant.ID, reason grant.Reason) {
 	delete(b.grants, id)
 	b.mu.Unlock()
 	b.ended(g, reason)
+}
+
+func (b *fakeBroker) ListObjects() []broker.Object {
+	return []broker.Object{
+		{Description: b.object("tcp")},
+		{Description: catalog.Description{Status: catalog.Status{Name: "bad", State: catalog.Failed}},
+			Refusal: &broker.Error{Name: "X", Reason: "why", Remedy: "what"}},
+	}
+}
+
+func (b *fakeBroker) object(name string) catalog.Description {
+	return catalog.Description{
+		Status:   catalog.Status{Name: name, Description: "d", State: catalog.Loaded},
+		Object:   &catalog.Object{Name: name, Keep: -1, Files: []string{"/x"}},
+		Maps:     []catalog.MapInfo{{Name: "m", Type: "hash", Access: []catalog.Access{catalog.ReadOnly}, KeyType: "u32", BTF: []byte{1}}},
+		Programs: []catalog.ProgramInfo{{Name: "p", Type: "xdp", AttachType: "xdp"}},
+		Links:    []catalog.LinkInfo{{Name: "p", Program: "p", Type: "xdp", Target: "eth0", Attached: true}},
+	}
+}
+
+func (b *fakeBroker) DescribeObject(name string) (broker.Object, error) {
+	if name != "tcp" {
+		return broker.Object{}, fmt.Errorf("cannot describe %.64q: %w", name, catalog.ErrNoSuchObject)
+	}
+	return broker.Object{Description: b.object(name)}, nil
+}
+
+func (b *fakeBroker) OpenLink(object, link string) (catalog.LinkInfo, error) {
+	return b.object(object).Links[0], nil
+}
+
+func (b *fakeBroker) OpenMap(_ context.Context, _ broker.Caller, object, mapName string, access catalog.Access) (*os.File, []string, error) {
+	if mapName != "m" {
+		return nil, nil, fmt.Errorf("cannot open: %w", catalog.ErrNoSuchMap)
+	}
+	file, err := os.Open(os.DevNull)
+	return file, []string{"warning"}, err
+}
+
+func (b *fakeBroker) MountObjects(context.Context, broker.Caller, []string, *kernel.Process, string) (broker.Mounted, error) {
+	return broker.Mounted{Pins: []string{"tcp/m"}, Undo: func() {}}, nil
+}
+
+func (b *fakeBroker) OpenSocket(context.Context, broker.Caller, string, string, uint32) (*kernel.PacketSocket, string, error) {
+	socket, err := os.Open(os.DevNull)
+	if err != nil {
+		return nil, "", err
+	}
+	memory, err := os.Open(os.DevNull)
+	return &kernel.PacketSocket{Socket: socket, Memory: memory}, "eth0", err
+}
+
+func (b *fakeBroker) OpenProgram(context.Context, broker.Caller, string, string) (*os.File, error) {
+	return os.Open(os.DevNull)
 }
 
 func (b *fakeBroker) Withdraw(id grant.ID) {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/bpfbroker/bpfbroker/service/internal/broker"
 	"github.com/bpfbroker/bpfbroker/service/internal/bus/wire"
+	"github.com/bpfbroker/bpfbroker/service/internal/catalog"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
 	"github.com/bpfbroker/bpfbroker/service/internal/limit"
@@ -62,6 +63,13 @@ type Broker interface {
 	AcquireToken(ctx context.Context, c broker.Caller, profileName string) (grant.Grant, *os.File, error)
 	MountToken(ctx context.Context, c broker.Caller, profileName string, process *kernel.Process, root, path string) (grant.Grant, error)
 	Withdraw(id grant.ID)
+	ListObjects() []broker.Object
+	DescribeObject(name string) (broker.Object, error)
+	OpenLink(objectName, link string) (catalog.LinkInfo, error)
+	OpenMap(ctx context.Context, c broker.Caller, objectName, mapName string, access catalog.Access) (file *os.File, warnings []string, err error)
+	MountObjects(ctx context.Context, c broker.Caller, names []string, process *kernel.Process, path string) (broker.Mounted, error)
+	OpenSocket(ctx context.Context, c broker.Caller, objectName, mapName string, queue uint32) (packets *kernel.PacketSocket, device string, err error)
+	OpenProgram(ctx context.Context, c broker.Caller, objectName, program string) (*os.File, error)
 	// ListGrants returns the caller's grants, or those of all users.
 	ListGrants(ctx context.Context, c broker.Caller, all bool) ([]*grant.Grant, error)
 	GetGrant(ctx context.Context, c broker.Caller, id string) (grant.Grant, error)

@@ -5,6 +5,7 @@ package bus
 import (
 	"context"
 	"fmt"
+	"os"
 
 	"github.com/godbus/dbus/v5"
 
@@ -35,7 +36,9 @@ func (f *Front) managerHandlers() map[string]handler {
 				return nil, err
 			}
 			g, mount, err := b.AcquireToken(ctx, c, profileName)
-			r.file = mount
+			if mount != nil {
+				r.files = []*os.File{mount}
+			}
 			values, err := r.handOut(g, err)
 			if err != nil {
 				return nil, err

@@ -97,6 +97,7 @@ func (f *Front) introspect(object string) string {
 func (f *Front) describe(table map[string]broker.Access) error {
 	handlers := f.standardHandlers()
 	handlers[managerInterface] = f.managerHandlers()
+	maps.Copy(handlers[managerInterface], f.objectHandlers())
 	handlers[grantInterface] = f.grantHandlers()
 	f.methods, f.xml = map[string]map[string]method{}, map[string]string{}
 	granted := map[string]bool{}

@@ -29,7 +29,7 @@ type request struct {
 
 	expected bool
 	peer     *peer.Peer // nil until somebody asks who calls
-	file     *os.File   // what is handed out, or nil
+	files    []*os.File // what is handed out
 	undo     func()     // takes back what did not reach the caller, or nil
 }
 
@@ -42,8 +42,8 @@ func (r *request) close() {
 	if r.peer != nil {
 		r.peer.Close()
 	}
-	if r.file != nil {
-		_ = r.file.Close() // the receiver has it, or nobody
+	for _, file := range r.files {
+		_ = file.Close() // the receiver has it, or nobody
 	}
 }
 

@@ -102,3 +102,18 @@ func ParseSpan(value string) (time.Duration, error) {
 	}
 	return sum, nil
 }
+
+// FormatSpan writes a time span of whole seconds as systemd does: "1h 30min".
+func FormatSpan(d time.Duration) string {
+	var parts []string
+	for _, unit := range []struct {
+		length time.Duration
+		name   string
+	}{{24 * time.Hour, "d"}, {time.Hour, "h"}, {time.Minute, "min"}, {time.Second, "s"}} {
+		if n := d / unit.length; n > 0 {
+			parts = append(parts, strconv.FormatInt(int64(n), 10)+unit.name)
+			d -= n * unit.length
+		}
+	}
+	return strings.Join(parts, " ")
+}

@@ -27,6 +27,7 @@ const (
 	KeyTarget  = "target"  // the uid that owns the target
 	KeyLayer   = "layer"   // what refused: request, profile, target, polkit, kernel, guard, limit
 	KeyReason  = "reason"  // why, as the peer was told
+	KeyPath    = "path"    // where objects are mounted
 	KeyBy      = "by"      // the uid that revoked
 	KeyLimit   = "limit"   // the limit's name
 	KeySetting = "setting" // the setting of the profile that refused it, or empty
@@ -34,6 +35,10 @@ const (
 	KeyCommand = "command" // the command name of that process
 	KeyProgram = "program" // a BPF program: its type, name and length
 	KeyTag     = "tag"     // the tag of a BPF program's instructions
+	KeyObject  = "object"  // the object's name
+	KeyFile    = "file"    // the object's ELF file
+	KeyMap     = "map"     // the map or program that was opened, as it is published
+	KeyAccess  = "access"  // what the descriptor is good for
 	// KeyNotEnforced is what of the profile isn't held for want of the guard, or empty.
 	KeyNotEnforced = "not_enforced"
 	KeyGrants      = "grants" // how many grants it is about
@@ -51,6 +56,12 @@ var (
 	RequestRefused    = Event{"7a7aea26eed040f2a24bebf37e302058", slog.LevelWarn, "Request refused"}
 	ProgramLoaded     = Event{"efe0eee838e64e4ea0b287205fa80b64", slog.LevelInfo, "Program loaded"}
 	GuardDenied       = Event{"f53738ae3c0143c393636def6bb4b110", slog.LevelWarn, "The guard refused something"}
+	ObjectLoaded      = Event{"3d666b207ae74c17ba90c3e23cb9b8e3", slog.LevelInfo, "Object loaded"}
+	ObjectUnloaded    = Event{"a30bfb008a8a49b78de29865300c5b4e", slog.LevelInfo, "Object unloaded"}
+	ObjectFailed      = Event{"acd1d0551d6842858c281f52a4b59976", slog.LevelError, "Object not loaded"}
+	ObjectOpened      = Event{"8389c9bc013f4d3c8f5259ba3c1b02cc", slog.LevelInfo, "Object opened"}
+	ObjectRefused     = Event{"1b5256e8654e4b419f4e6a65f139683f", slog.LevelWarn, "Object refused"}
+	ObjectsMounted    = Event{"7d5a7f4e0c46445cb6eaa8c465a7eb0f", slog.LevelInfo, "Objects mounted"}
 	LimitExceeded     = Event{"febcc7f531b6450288d7e955e514fb54", slog.LevelWarn, "Limit exceeded"}
 )
 

@@ -227,7 +227,8 @@ func TestCatalog(t *testing.T) {
 		t.Fatal(err)
 	}
 	var want []string
-	for _, event := range []Event{GrantMade, GrantExpired, GrantRevoked, GrantProcessEnded, GrantNarrowed, GrantsKept, GrantUndone, RequestRefused, ProgramLoaded, GuardDenied, LimitExceeded} {
+	for _, event := range []Event{GrantMade, GrantExpired, GrantRevoked, GrantProcessEnded, GrantNarrowed, GrantsKept, GrantUndone, RequestRefused, ProgramLoaded, GuardDenied,
+		ObjectLoaded, ObjectUnloaded, ObjectFailed, ObjectOpened, ObjectsMounted, ObjectRefused, LimitExceeded} {
 		want = append(want, event.id)
 	}
 	var got []string
@@ -242,7 +243,8 @@ func TestCatalog(t *testing.T) {
 	}
 
 	var keys []string
-	for _, key := range []string{KeyGrant, KeyProfile, KeyTier, KeyOwner, KeyProcess, KeyUnit, KeyTarget, KeyLayer, KeyReason, KeyBy, KeyLimit, KeyNotEnforced, KeyGrants, KeyUID, KeyCommand, KeyProgram, KeyTag, KeySetting} {
+	for _, key := range []string{KeyGrant, KeyProfile, KeyTier, KeyOwner, KeyProcess, KeyUnit, KeyTarget, KeyLayer, KeyReason, KeyBy, KeyLimit, KeyNotEnforced, KeyGrants, KeyUID, KeyCommand, KeyProgram, KeyTag, KeySetting,
+		KeyObject, KeyFile, KeyMap, KeyAccess, KeyPath} {
 		keys = append(keys, fieldName(key))
 	}
 	var used []string

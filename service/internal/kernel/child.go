@@ -48,7 +48,12 @@ type page struct {
 	parent uintptr
 	child  uintptr // the child's end of the socket pair
 
-	request unix.Msghdr // what the child receives: a byte
+	// request is what the child receives: a byte, and a file if it is given one.
+	request unix.Msghdr
+	given   struct {
+		unix.Cmsghdr
+		file, _ int32
+	}
 	// user and mount are the child's descriptors of the namespaces that it is to
 	// enter.
 	user, mount int32
@@ -152,6 +157,7 @@ func equip(p *page) (*child, int, error) {
 	c.vector.SetLen(1)
 	c.request.Iov = &c.vector
 	c.request.SetIovlen(1)
+	c.request.Control = (*byte)(unsafe.Pointer(&c.given))
 	for i := range c.answers {
 		c.answers[i].Iov = &c.vector
 		c.answers[i].SetIovlen(1)
@@ -240,6 +246,7 @@ func cloneRaw(number, arg0, arg1 uintptr, p *page) (uintptr, unix.Errno) {
 //go:nosplit
 func childLoop(p *page) {
 	for {
+		p.request.Controllen = uint64(unsafe.Sizeof(p.given))
 		n, _, errno := unix.RawSyscall(unix.SYS_RECVMSG, p.child, uintptr(unsafe.Pointer(&p.request)), 0)
 		if errno == unix.EINTR {
 			continue
@@ -357,6 +364,16 @@ func (c *child) post(send bool, calls ...call) error {
 		return ErrHelperKilled
 	}
 	return nil
+}
+
+// give gives the child a file, and returns the child's number of it.
+func (c *child) give(fd int) (uintptr, error) {
+	c.count, c.send = 0, 0
+	if err := unix.Sendmsg(c.socket, []byte{0}, unix.UnixRights(fd), nil, unix.MSG_NOSIGNAL); err != nil {
+		return 0, ErrHelperKilled
+	}
+	_, _, err := c.hear()
+	return uintptr(c.given.file), err
 }
 
 // kill ends the child, and frees what it shared with the parent once it is

@@ -114,12 +114,17 @@ func (f *Filesystem) Attach(root, at string) error {
 	if err := errors.Join(ValidPath(root), ValidPath(at)); err != nil {
 		return err
 	}
-	if err := f.c.joinGroup(); err != nil {
+	return f.c.mountAt(f.mount, root, at)
+}
+
+// mountAt mounts the child's detached mount at a path below root.
+func (c *child) mountAt(mount uintptr, root, at string) error {
+	if err := c.joinGroup(); err != nil {
 		return err
 	}
-	nothing := uintptr(unsafe.Pointer(&f.c.empty))
-	_, failed, err := f.c.do(false, append(f.c.openPath(root, at),
-		call{number: unix.SYS_MOVE_MOUNT, args: [6]uintptr{f.mount, nothing, 0, nothing, unix.MOVE_MOUNT_F_EMPTY_PATH | unix.MOVE_MOUNT_T_EMPTY_PATH}, from: 2, to: 2},
+	nothing := uintptr(unsafe.Pointer(&c.empty))
+	_, failed, err := c.do(false, append(c.openPath(root, at),
+		call{number: unix.SYS_MOVE_MOUNT, args: [6]uintptr{mount, nothing, 0, nothing, unix.MOVE_MOUNT_F_EMPTY_PATH | unix.MOVE_MOUNT_T_EMPTY_PATH}, from: 2, to: 2},
 	)...)
 	if err != nil && failed < 2 {
 		return pathError(err)

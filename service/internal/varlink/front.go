@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 
@@ -28,7 +29,9 @@ var brokerDescription string
 // error.
 func NewFront(b *broker.Broker, users *limit.Users, version string) (*Server[*peer.Peer], error) {
 	methods := map[string]Method[*peer.Peer]{}
-	for name, handle := range handlers(b) {
+	served := handlers(b)
+	maps.Copy(served, objectHandlers(b))
+	for name, handle := range served {
 		access, ok := broker.Methods[name]
 		if !ok {
 			return nil, fmt.Errorf("cannot serve %s: it is not in the access table", name)
