@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Object-client opens a map of a published object and prints its entries, as
+// "KEY VALUE" in hexadecimal:
+//
+//	object-client OBJECT MAP ACCESS    opens it by the bus
+//	object-client                      has it from whoever started this (LISTEN_FDS)
+//	object-client PATH                 opens the pin as libbpf's bpf_obj_get does
+//	object-client read PATH            opens it with BPF_F_RDONLY
+//	object-client write ...            writes to the first entry before that
+//
+// It needs no rights of its own.
+package main
+
+import (
+	"fmt"
+	"os"
+
+	"github.com/cilium/ebpf"
+	"github.com/godbus/dbus/v5"
+)
+
+func main() {
+	args := os.Args[1:]
+	write := len(args) > 0 && args[0] == "write"
+	if write {
+		args = args[1:]
+	}
+	if err := run(args, write); err != nil {
+		fmt.Fprintln(os.Stderr, "object-client:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string, write bool) error {
+	m, err := open(args)
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	if write {
+		if err := m.Put(make([]byte, m.KeySize()), make([]byte, m.ValueSize())); err != nil {
+			return err
+		}
+	}
+	var key, value []byte
+	entries := m.Iterate()
+	for entries.Next(&key, &value) {
+		fmt.Printf("%x %x\n", key, value)
+	}
+	return entries.Err()
+}
+
+func open(args []string) (*ebpf.Map, error) {
+	switch len(args) {
+	case 0:
+		return ebpf.NewMapFromFD(3)
+	case 1:
+		return ebpf.LoadPinnedMap(args[0], nil)
+	case 2:
+		return ebpf.LoadPinnedMap(args[1], &ebpf.LoadPinOptions{ReadOnly: true})
+	case 3:
+	default:
+		return nil, fmt.Errorf("these are no arguments: %q", args)
+	}
+	bus, err := dbus.ConnectSystemBus()
+	if err != nil {
+		return nil, err
+	}
+	defer bus.Close()
+	var fd dbus.UnixFD
+	var access string
+	var warnings []string
+	call := bus.Object("org.bpfbroker.Broker1", "/org/bpfbroker/Broker1").Call("org.bpfbroker.Broker1.Manager.OpenMap", 0,
+		args[0], args[1], args[2], map[string]dbus.Variant{})
+	if err := call.Store(&fd, &access, &warnings); err != nil {
+		return nil, err
+	}
+	for _, warning := range warnings {
+		fmt.Fprintln(os.Stderr, warning)
+	}
+	return ebpf.NewMapFromFD(int(fd))
+}
