@@ -35,6 +35,7 @@ const (
 )
 
 func TestMain(m *testing.M) {
+	testtarget.OwnMounts()
 	slog.SetDefault(slog.New(slog.DiscardHandler)) // but see logged
 	testtarget.Main(m, nil, func() error { return kernel.StartHelpers(func() { panic("no helpers any more") }) })
 }

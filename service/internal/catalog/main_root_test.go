@@ -33,6 +33,7 @@ var programs embed.FS
 var ops = map[string]testtarget.Op{}
 
 func TestMain(m *testing.M) {
+	testtarget.OwnMounts()
 	slog.SetDefault(slog.New(slog.DiscardHandler))
 	testtarget.Main(m, ops, nil)
 }
