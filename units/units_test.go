@@ -23,7 +23,7 @@ var since = map[string]int{
 	"RuntimeDirectory": 211, "RuntimeDirectoryMode": 234, "RuntimeDirectoryPreserve": 235, "UMask": 0,
 	"LimitCORE": 0, "LimitMEMLOCK": 0, "LimitNOFILE": 0, "MemoryMax": 231, "TasksMax": 227,
 	"CapabilityBoundingSet": 0, "DevicePolicy": 208, "IPAddressDeny": 235, "LockPersonality": 235, "MemoryDenyWriteExecute": 231,
-	"NoNewPrivileges": 187, "PrivateDevices": 209, "PrivateTmp": 0, "ProcSubset": 247,
+	"NoNewPrivileges": 187, "PrivateDevices": 209, "PrivateNetwork": 0, "PrivateTmp": 0, "ProcSubset": 247,
 	"ProtectClock": 245, "ProtectControlGroups": 232, "ProtectHome": 214, "ProtectHostname": 242, "ProtectKernelLogs": 244,
 	"ProtectKernelModules": 232, "ProtectKernelTunables": 232, "ProtectProc": 247, "ProtectSystem": 214, "ReadWritePaths": 231, "RemoveIPC": 232,
 	"RestrictAddressFamilies": 211, "RestrictNamespaces": 233, "RestrictRealtime": 231, "RestrictSUIDSGID": 242,
