@@ -80,6 +80,8 @@ $(BUILD)/%.bpf.o: test/programs/%.bpf.c
 # The guard's programs are committed as clang makes them.
 generate:
 	$(GO) generate ./bpf
+	cd service/internal/catalog/testdata && for c in *.bpf.c; do \
+		clang -O2 -g -target bpf -mcpu=v3 -fdebug-prefix-map=$$PWD=. -c $$c -o $${c%.c}.o && llvm-strip -g $${c%.c}.o || exit 1; done
 
 check-generate:
 	out=$$(mktemp -d) && BPF_OUT=$$out $(GO) generate ./bpf && diff $$out/guard_bpfel.go bpf && diff $$out/guard_bpfel.o bpf && rm -r $$out
