@@ -100,6 +100,22 @@ uninstall:
 clean:
 	rm -rf $(BUILD)
 
+# The shipped objects are in the repository, since who builds bpfbroker needs no
+# clang. System calls have other numbers on each architecture.
+OBJECTS = execs tcp-connections syscall-latency-amd64 syscall-latency-arm64
+
+generate: $(OBJECTS:%=bpf/objects/%.bpf.o)
+
+CLANG_OBJECT = clang -O2 -g -Wall -Werror -target bpf -mcpu=v3 -fdebug-prefix-map=$(CURDIR)=.
+
+bpf/objects/syscall-latency-%.bpf.o: FORCE
+	$(CLANG_OBJECT) -DARCH_$* -c bpf/objects/syscall-latency.bpf.c -o $@
+	llvm-strip -g $@
+
+bpf/objects/%.bpf.o: FORCE
+	$(CLANG_OBJECT) -c bpf/objects/$*.bpf.c -o $@
+	llvm-strip -g $@
+
 # What can be checked without privileges.
 check:
 	@unformatted=$$(gofmt -l bpf cmd packaging service test units); [ -z "$$unformatted" ] || { echo "not gofmt-clean: $$unformatted" >&2; exit 1; }
