@@ -33,12 +33,25 @@ struct log2_histogram {
 #define CORE __attribute__((preserve_access_index))
 #define INLINE static inline __attribute__((always_inline))
 
+/*
+ * For a function that takes a ring buffer's record. The map's own definition
+ * can't name the type, since the kernel wants none; that of a function that is
+ * called keeps it in the BTF.
+ */
+#define RECORD static __attribute__((noinline))
+
 #define MAP(kind, entries, key_type, value_type)                              \
 	struct {                                                              \
 		int (*type)[kind];                                            \
 		int (*max_entries)[entries];                                  \
 		key_type *key;                                                \
 		value_type *value;                                            \
+	}
+
+#define RING(bytes)                                                           \
+	struct {                                                              \
+		int (*type)[RINGBUF];                                         \
+		int (*max_entries)[bytes];                                    \
 	}
 
 /* enum bpf_map_type */

@@ -6,7 +6,7 @@
 
 #include "common.h"
 
-struct exec {
+struct exec_event {
 	__u64 boot_time_ns; // CLOCK_MONOTONIC
 	__u32 process;
 	__u32 parent;
@@ -17,11 +17,8 @@ struct exec {
 	char arguments[256]; // with blanks between them; perhaps cut off
 };
 
-struct {
-	int (*type)[RINGBUF];
-	int (*max_entries)[256 * 1024];
-	struct exec *value;
-} events SEC(".maps");
+// Of struct exec_event.
+RING(256 * 1024) events SEC(".maps");
 
 struct command {
 	__u32 uid;
@@ -79,32 +76,32 @@ INLINE void count(enum exec_counter counter)
 	}
 }
 
-INLINE void read_arguments(struct exec *exec, struct task_struct *task)
+RECORD void read_arguments(struct exec_event *event, struct task_struct *task)
 {
 	struct mm_struct *mm = READ(task, mm);
 	unsigned long start = READ(mm, arg_start);
 	unsigned long size = READ(mm, arg_end) - start;
 
-	if (size > sizeof(exec->arguments))
-		size = sizeof(exec->arguments);
-	__builtin_memset(exec->arguments, 0, sizeof(exec->arguments));
+	if (size > sizeof(event->arguments))
+		size = sizeof(event->arguments);
+	__builtin_memset(event->arguments, 0, sizeof(event->arguments));
 	// What isn't in memory can't be read here.
-	if (!size || read_user(exec->arguments, size, (void *)start))
+	if (!size || read_user(event->arguments, size, (void *)start))
 		return;
-	for (unsigned int i = 0; i + 1 < sizeof(exec->arguments); i++)
-		if (i + 1 < size && !exec->arguments[i])
-			exec->arguments[i] = ' ';
-	exec->arguments[sizeof(exec->arguments) - 1] = 0;
+	for (unsigned int i = 0; i + 1 < sizeof(event->arguments); i++)
+		if (i + 1 < size && !event->arguments[i])
+			event->arguments[i] = ' ';
+	event->arguments[sizeof(event->arguments) - 1] = 0;
 }
 
 SEC("raw_tp/sched_process_exec")
-int exec(__u64 *arguments) // struct task_struct *, pid_t old, struct linux_binprm *
+int executed(__u64 *arguments) // struct task_struct *, pid_t old, struct linux_binprm *
 {
 	struct task_struct *task = (void *)arguments[0];
 	struct linux_binprm *program = (void *)arguments[2];
 	struct command command = {.uid = get_uid_gid()};
 	struct command_total *total, one = {1};
-	struct exec *event;
+	struct exec_event *event;
 
 	count(EXECS);
 	get_comm(command.command, sizeof(command.command));

@@ -23,10 +23,34 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/ringbuf"
 	"golang.org/x/sys/unix"
 )
+
+// The records' types can be found by name: Record= of an object file does.
+func TestRecordTypes(t *testing.T) {
+	for name, record := range map[string]struct {
+		name string
+		size int
+	}{
+		"execs":           {"exec_event", binary.Size(execEvent{})},
+		"tcp-connections": {"closed_connection", binary.Size(closed{})},
+	} {
+		spec, err := ebpf.LoadCollectionSpec(name + ".bpf.o")
+		if err != nil {
+			t.Fatal(err)
+		}
+		types, err := spec.Types.AnyTypesByName(record.name)
+		if err != nil || len(types) != 1 {
+			t.Fatalf("%s: %d types %s, error %v", name, len(types), record.name, err)
+		}
+		if size, err := btf.Sizeof(types[0]); err != nil || size != record.size {
+			t.Errorf("%s: a record has %d bytes, want %d, error %v", name, size, record.size, err)
+		}
+	}
+}
 
 // load loads an object and attaches its programs to raw tracepoints.
 func load(t *testing.T, name string, tracepoints map[string]string) *ebpf.Collection {
@@ -36,7 +60,7 @@ func load(t *testing.T, name string, tracepoints map[string]string) *ebpf.Collec
 		t.Fatal(err)
 	}
 	for _, m := range spec.Maps {
-		if m.Name != ".rodata" && (m.Value == nil || m.Key == nil && m.Type != ebpf.RingBuf) {
+		if m.Type != ebpf.RingBuf && (m.Value == nil || m.Key == nil) {
 			t.Errorf("map %s has no types", m.Name)
 		}
 	}
@@ -191,7 +215,7 @@ func total(t *testing.T, m *ebpf.Map, key uint32) (sum uint64) {
 }
 
 func TestExecs(t *testing.T) {
-	maps := load(t, "execs", map[string]string{"exec": "sched_process_exec"}).Maps
+	maps := load(t, "execs", map[string]string{"executed": "sched_process_exec"}).Maps
 	directory, err := os.MkdirTemp("", "execs") // others can reach it
 	if err != nil {
 		t.Fatal(err)

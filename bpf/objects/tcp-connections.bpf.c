@@ -54,11 +54,8 @@ struct closed_connection {
 	struct connection_state state;
 };
 
-struct {
-	int (*type)[RINGBUF];
-	int (*max_entries)[256 * 1024];
-	struct closed_connection *value;
-} closed SEC(".maps");
+// Of struct closed_connection.
+RING(256 * 1024) closed SEC(".maps");
 
 struct service {
 	enum tcp_role role;
@@ -177,6 +174,12 @@ INLINE void open(struct sock *sk, enum tcp_role role)
 	map_update(&openings, &sk, &o, ANY);
 }
 
+RECORD void fill(struct closed_connection *record, struct connection *c, struct connection_state *s)
+{
+	record->connection = *c;
+	record->state = *s;
+}
+
 INLINE void finish(struct connection *c, struct connection_state *s)
 {
 	struct service key = {.role = s->role, .port = s->role == TCP_CLIENT ? swap(c->remote_port) : c->local_port};
@@ -185,8 +188,7 @@ INLINE void finish(struct connection *c, struct connection_state *s)
 
 	record = ringbuf_reserve(&closed, sizeof(*record), 0);
 	if (record) {
-		record->connection = *c;
-		record->state = *s;
+		fill(record, c, s);
 		ringbuf_submit(record, 0);
 	}
 	if (!total) {
