@@ -24,12 +24,13 @@ import (
 // use.
 const socketVariable = "BPFBROKER_TEST_SOCKET"
 
-func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){
-		"bpfbroker":    func() { os.Exit(execute(os.Getenv(socketVariable))) },
-		"tell-signals": tellSignals,
-	})
+// programs are what the test binary is under other names.
+var programs = map[string]func(){
+	"bpfbroker":    func() { os.Exit(execute(os.Getenv(socketVariable))) },
+	"tell-signals": tellSignals,
 }
+
+func TestMain(m *testing.M) { testscript.Main(m, programs) }
 
 // tellSignals writes the name of each signal that comes, until none has come
 // for a while. Its first line is "ready".
@@ -59,6 +60,12 @@ type request struct {
 
 // refusal is the fake broker's way to answer with an error.
 type refusal struct{ name, reason, layer, remedy string }
+
+// withFile is the fake broker's way to answer with a file descriptor as well.
+type withFile struct {
+	reply any
+	fd    int
+}
 
 // fake is a broker for tests. A nil answer makes it hang up.
 type fake struct {
@@ -114,6 +121,7 @@ func (f *fake) serve(conn *net.UnixConn, answer func(request) any) {
 		f.requests = append(f.requests, q)
 		f.mu.Unlock()
 		var reply any
+		var rights []byte
 		switch a := answer(q).(type) {
 		case nil:
 			return
@@ -122,6 +130,8 @@ func (f *fake) serve(conn *net.UnixConn, answer func(request) any) {
 				"error":      "org.bpfbroker.Broker." + a.name,
 				"parameters": map[string]string{"reason": a.reason, "layer": a.layer, "remedy": a.remedy},
 			}
+		case withFile:
+			reply, rights = map[string]any{"parameters": a.reply}, syscall.UnixRights(a.fd)
 		default:
 			reply = map[string]any{"parameters": a}
 		}
@@ -129,7 +139,7 @@ func (f *fake) serve(conn *net.UnixConn, answer func(request) any) {
 		if err != nil {
 			panic(err)
 		}
-		if _, err := conn.Write(append(data, 0)); err != nil {
+		if _, _, err := conn.WriteMsgUnix(append(data, 0), rights, nil); err != nil {
 			return
 		}
 	}
@@ -215,6 +225,33 @@ func answers(r request) any {
 			map[string]any{"subject": "profile basic", "state": "yes", "reason": "polkit allows it"},
 			map[string]any{"subject": "profile network", "state": "ask", "reason": "polkit wants a password"},
 		}}
+	case "ListObjects":
+		return map[string]any{"objects": []any{
+			map[string]any{"name": "flows", "description": "Who with whom", "state": "loaded", "available": true},
+			map[string]any{"name": "broken", "description": "", "state": "failed", "available": false, "reason": "no such file"},
+		}}
+	case "DescribeObject":
+		if r.Parameters["object"] != "flows" {
+			return refusal{"NoSuchObject", "cannot describe it: no such object", "request", "see \"bpfbroker objects\""}
+		}
+		return map[string]any{"object": map[string]any{
+			"name": "flows", "description": "Who with whom", "state": "loaded", "load": "first-use", "keep": "5min",
+			"maps": []any{
+				map[string]any{"name": "table", "type": "hash", "access": []string{"read-only", "read-write"}, "keySize": 8, "valueSize": 8, "maxEntries": 100,
+					"keyType": "struct flow {\n\tint port;\n}", "valueType": "counter"},
+				map[string]any{"name": "events", "type": "ringbuf", "access": []string{"consume"}, "keySize": 0, "valueSize": 0, "maxEntries": 4096, "valueType": "struct event"},
+			},
+			"programs": []any{map[string]any{"name": "pass", "type": "xdp"}},
+			"links":    []any{map[string]any{"name": "trace", "type": "raw_tracepoint", "target": "sys_enter"}},
+			"files":    []string{"/usr/lib/a"},
+		}}
+	case "OpenMap":
+		return refusal{"NotAuthorized", "cannot open the map: not authorized", "polkit", "ask the administrator for a polkit rule"}
+	case "MountObjects":
+		if r.Parameters["path"] != "/mnt" {
+			return refusal{"PathNotFound", "cannot mount: no such directory", "target", ""}
+		}
+		return map[string]any{}
 	case "MountToken":
 		switch name {
 		case "network":

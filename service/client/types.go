@@ -71,6 +71,85 @@ type Grant struct {
 	NotEnforced []string `json:"notEnforced"`
 }
 
+// ObjectSummary is a published object, in short.
+type ObjectSummary struct {
+	Name        string `json:"name"`
+	Description string `json:"description"`
+	// State is "loaded", "unloaded" or "failed".
+	State string `json:"state"`
+	// Available says whether it can be opened now, apart from polkit.
+	Available bool `json:"available"`
+	// Reason is why not, and Remedy what would change that; "" if it can.
+	Reason string `json:"reason,omitempty"`
+	Remedy string `json:"remedy,omitempty"`
+}
+
+// Object is a published object and all that it offers.
+type Object struct {
+	Name        string `json:"name"`
+	Description string `json:"description"`
+	// State is "loaded", "unloaded" or "failed".
+	State string `json:"state"`
+	// Load is when it is loaded: "boot" or "first-use".
+	Load string `json:"load"`
+	// Keep is how long it stays after its last user: "always", "while-used" or a
+	// time span.
+	Keep     string          `json:"keep"`
+	Maps     []ObjectMap     `json:"maps"`
+	Programs []ObjectProgram `json:"programs"`
+	Links    []ObjectLink    `json:"links"`
+	// Files are those that it was read from, in the order in which they count.
+	Files []string `json:"files"`
+}
+
+// ObjectMap is a map that an object publishes.
+type ObjectMap struct {
+	Name string `json:"name"`
+	// Type is in the kernel's spelling ("hash").
+	Type string `json:"type"`
+	// Access is what it may be opened with.
+	Access []Access `json:"access"`
+	// KeySize and ValueSize are in bytes. A ring buffer has neither.
+	KeySize    int `json:"keySize"`
+	ValueSize  int `json:"valueSize"`
+	MaxEntries int `json:"maxEntries"`
+	// KeyType and ValueType are in C's spelling, for people; "" if not known. A
+	// ring buffer's ValueType is that of its records.
+	KeyType   string `json:"keyType,omitempty"`
+	ValueType string `json:"valueType,omitempty"`
+	// BTF is small and encoded in base64: its typedefs "key" and "value" stand
+	// for the types. See package typed. "" if they aren't known.
+	BTF string `json:"btf,omitempty"`
+}
+
+// ObjectProgram is a program that an object publishes.
+type ObjectProgram struct {
+	Name string `json:"name"`
+	// Type is in the kernel's spelling ("xdp").
+	Type string `json:"type"`
+}
+
+// ObjectLink says where an object is attached.
+type ObjectLink struct {
+	Name string `json:"name"`
+	Type string `json:"type"`
+	// Target is what the program is attached to.
+	Target string `json:"target"`
+}
+
+// Access is what an opened map is good for.
+type Access string
+
+// The ways to open a map.
+const (
+	ReadOnly  Access = "read-only"
+	ReadWrite Access = "read-write"
+	WriteOnly Access = "write-only"
+	// Consume is for ring buffers: to take records out. Records that one consumer
+	// took are there for no other one.
+	Consume Access = "consume"
+)
+
 // Finding says whether something works here, for the user.
 type Finding struct {
 	// Subject is what it is about. "profile NAME" is about getting a profile.

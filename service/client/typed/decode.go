@@ -4,6 +4,7 @@ package typed
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
@@ -259,4 +260,87 @@ func Format(value any) string {
 		return strings.TrimSuffix(out.String(), "\n")
 	}
 	return fmt.Sprint(value)
+}
+
+// Compare orders decoded values of one type: numbers by size, strings by their
+// bytes, what has parts by the first part that differs.
+func Compare(a, b any) int {
+	switch a := a.(type) {
+	case uint64:
+		if b, ok := b.(uint64); ok {
+			return cmp.Compare(a, b)
+		}
+	case int64:
+		if b, ok := b.(int64); ok {
+			return cmp.Compare(a, b)
+		}
+	case float64:
+		if b, ok := b.(float64); ok {
+			return cmp.Compare(a, b)
+		}
+	case *big.Int:
+		if b, ok := b.(*big.Int); ok {
+			return a.Cmp(b)
+		}
+	case []any:
+		if b, ok := b.([]any); ok {
+			return slices.CompareFunc(a, b, Compare)
+		}
+	case Record:
+		if b, ok := b.(Record); ok {
+			return slices.CompareFunc(a, b, func(a, b Member) int { return Compare(a.Value, b.Value) })
+		}
+	}
+	// Enums have names and numbers.
+	return cmp.Compare(Format(a), Format(b))
+}
+
+// Sum decodes a value of a per-CPU map, adding up what the processors have. ok
+// says that it has only integers, and structures and lists of them; else there
+// is no sum. Each of values must have the type's Size, and there is at least
+// one.
+func (t *Type) Sum(values [][]byte) (sum any, ok bool) {
+	if !t.summable() {
+		return nil, false
+	}
+	sum = t.decode(values[0])
+	for _, v := range values[1:] {
+		sum = add(sum, t.decode(v))
+	}
+	return sum, true
+}
+
+func (t *Type) summable() bool {
+	switch t.Kind {
+	case Integer:
+		return t.Size <= 8
+	case List:
+		return t.Elem.summable()
+	case Struct:
+		for _, f := range t.Fields {
+			if !f.Type.summable() {
+				return false
+			}
+		}
+		return true
+	}
+	return false
+}
+
+func add(a, b any) any {
+	switch a := a.(type) {
+	case uint64:
+		return a + b.(uint64)
+	case int64:
+		return a + b.(int64)
+	case []any:
+		for i := range a {
+			a[i] = add(a[i], b.([]any)[i])
+		}
+	case Record:
+		for i := range a {
+			a[i].Value = add(a[i].Value, b.(Record)[i].Value)
+		}
+	}
+	return a
 }

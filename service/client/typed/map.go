@@ -36,7 +36,7 @@ func Entries(m *ebpf.Map) iter.Seq2[Entry, error] {
 			return
 		}
 		r := reader{m: m, values: 1, stride: int(m.ValueSize())}
-		if hasPerCPUValue(m.Type()) {
+		if HasPerCPUValue(m.Type()) {
 			n, err := ebpf.PossibleCPU()
 			if err != nil {
 				yield(Entry{}, fmt.Errorf("cannot count processors: %w", err))
@@ -58,7 +58,8 @@ func Entries(m *ebpf.Map) iter.Seq2[Entry, error] {
 	}
 }
 
-func hasPerCPUValue(t ebpf.MapType) bool {
+// HasPerCPUValue says whether maps of a type have a value for each processor.
+func HasPerCPUValue(t ebpf.MapType) bool {
 	switch t {
 	case ebpf.PerCPUHash, ebpf.PerCPUArray, ebpf.LRUCPUHash, ebpf.PerCPUCGroupStorage:
 		return true
@@ -124,7 +125,7 @@ func (r *reader) single(yield func(Entry, error) bool) error {
 	key := make([]byte, r.m.KeySize())
 	value := make([]byte, r.values*r.stride)
 	var perCPU any
-	if hasPerCPUValue(r.m.Type()) {
+	if HasPerCPUValue(r.m.Type()) {
 		perCPU, value = slice(r.values, int(r.m.ValueSize()))
 		r.stride = int(r.m.ValueSize())
 	}

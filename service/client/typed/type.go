@@ -95,6 +95,9 @@ func Parse(encoded, typedef string, size int) (*Type, error) {
 	return New(t.Type, size)
 }
 
+// Raw is the type of values of which nothing is known but their size.
+func Raw(size int) *Type { return &Type{Kind: Bytes, Size: size} }
+
 // New prepares the reading of values of a type. They are size bytes long; 0: as
 // long as the type says.
 func New(t btf.Type, size int) (*Type, error) {
