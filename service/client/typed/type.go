@@ -8,6 +8,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/cilium/ebpf/btf"
 )
@@ -199,7 +200,7 @@ func compileEnum(t *btf.Enum) (*Type, error) {
 			value &= 1<<(8*t.Size) - 1
 		}
 		if _, ok := e.names[value]; !ok {
-			e.names[value] = v.Name
+			e.names[value] = strings.ToValidUTF8(v.Name, "?")
 		}
 	}
 	return e, nil
