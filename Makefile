@@ -7,15 +7,18 @@ DATADIR ?= $(PREFIX)/share
 MANDIR ?= $(DATADIR)/man
 # systemd, polkit and the journal look for a package's files below /usr.
 UNITDIR ?= /usr/lib/systemd/system
+USERUNITDIR ?= /usr/lib/systemd/user
 CATALOGDIR ?= /usr/lib/systemd/catalog
 PROFILEDIR ?= /usr/lib/bpfbroker/profiles.d
 OBJECTDIR ?= /usr/lib/bpfbroker/objects.d
+ELFDIR ?= /usr/lib/bpfbroker/objects
 POLKITDIR ?= /usr/share/polkit-1/actions
 DBUSDIR ?= /usr/share/dbus-1
 # Container engines look there and in /etc, whatever the prefix.
 HOOKDIR ?= /usr/share/containers/oci/hooks.d
 VERSION ?= 0.1
 GO ?= go
+ARCH ?= $(shell $(GO) env GOARCH)
 BUILD ?= build
 
 export CGO_ENABLED = 0
@@ -25,7 +28,7 @@ STATICCHECK = $(GO) run honnef.co/go/tools/cmd/staticcheck@v0.8.2
 # The manual, if there is something to make it with.
 MAN = $(if $(shell command -v scdoc),bpfbroker.1 bpfbroker-profiles.5 bpfbroker-objects.5 bpfbrokerd.8)
 
-all: $(BUILD)/bpfbroker $(BUILD)/bpfbrokerd $(BUILD)/bpfbroker.service $(BUILD)/bpfbroker-cdi.service $(BUILD)/bpfbroker.json $(MAN:%=$(BUILD)/man/%)
+all: $(BUILD)/bpfbroker $(BUILD)/bpfbrokerd $(BUILD)/bpfbroker.service $(BUILD)/bpfbroker-cdi.service $(BUILD)/bpfbroker-export.service $(BUILD)/bpfbroker.json $(MAN:%=$(BUILD)/man/%)
 
 # Go knows best what has changed.
 .PHONY: FORCE
@@ -57,10 +60,14 @@ install: all
 	install -D -m 0644 -t $(DESTDIR)$(DBUSDIR)/interfaces packaging/dbus/org.bpfbroker.Broker1.xml
 	install -D -m 0644 -t $(DESTDIR)$(CATALOGDIR) packaging/journal/bpfbroker.catalog
 	install -D -m 0644 -t $(DESTDIR)$(PROFILEDIR) packaging/profiles/*.profile
+	install -D -m 0644 -t $(DESTDIR)$(USERUNITDIR) units/bpfbroker-export.socket $(BUILD)/bpfbroker-export.service
+	install -D -m 0644 -t $(DESTDIR)$(ELFDIR) bpf/objects/execs.bpf.o bpf/objects/tcp-connections.bpf.o
+	install -m 0644 bpf/objects/syscall-latency-$(ARCH).bpf.o $(DESTDIR)$(ELFDIR)/syscall-latency.bpf.o
+	install -D -m 0644 -t $(DESTDIR)$(OBJECTDIR) packaging/objects/*.object
 	install -D -m 0644 -t $(DESTDIR)$(DATADIR)/doc/bpfbroker/polkit polkit/examples/*.rules
 	install -D -m 0644 -t $(DESTDIR)$(DATADIR)/doc/bpfbroker/units units/examples/profile.conf
 	install -D -m 0644 -t $(DESTDIR)$(HOOKDIR) $(BUILD)/bpfbroker.json
-	install -d -m 0755 $(DESTDIR)/etc/bpfbroker/profiles.d $(DESTDIR)/etc/bpfbroker/objects.d $(DESTDIR)$(OBJECTDIR)
+	install -d -m 0755 $(DESTDIR)/etc/bpfbroker/profiles.d $(DESTDIR)/etc/bpfbroker/objects.d
 	for page in $(MAN); do install -D -m 0644 -t $(DESTDIR)$(MANDIR)/man$${page##*.} $(BUILD)/man/$$page || exit 1; done
 	install -d -m 0755 $(DESTDIR)$(DATADIR)/bash-completion/completions $(DESTDIR)$(DATADIR)/zsh/site-functions $(DESTDIR)$(DATADIR)/fish/vendor_completions.d
 	$(BUILD)/bpfbroker completion bash >$(DESTDIR)$(DATADIR)/bash-completion/completions/bpfbroker
@@ -92,6 +99,8 @@ uninstall:
 	rm -f $(DESTDIR)$(POLKITDIR)/org.bpfbroker.policy $(DESTDIR)$(CATALOGDIR)/bpfbroker.catalog
 	rm -f $(DESTDIR)$(DBUSDIR)/system.d/org.bpfbroker.Broker1.conf $(DESTDIR)$(DBUSDIR)/system-services/org.bpfbroker.Broker1.service
 	rm -f $(DESTDIR)$(DBUSDIR)/interfaces/org.bpfbroker.Broker1.xml
+	rm -f $(DESTDIR)$(USERUNITDIR)/bpfbroker-export.socket $(DESTDIR)$(USERUNITDIR)/bpfbroker-export.service
+	rm -rf $(DESTDIR)$(OBJECTDIR) $(DESTDIR)$(ELFDIR)
 	rm -rf $(DESTDIR)$(PROFILEDIR) $(DESTDIR)$(DATADIR)/doc/bpfbroker
 	rm -f $(DESTDIR)$(MANDIR)/man1/bpfbroker.1 $(DESTDIR)$(MANDIR)/man5/bpfbroker-profiles.5 $(DESTDIR)$(MANDIR)/man5/bpfbroker-objects.5 $(DESTDIR)$(MANDIR)/man8/bpfbrokerd.8
 	rm -f $(DESTDIR)$(DATADIR)/bash-completion/completions/bpfbroker $(DESTDIR)$(DATADIR)/zsh/site-functions/_bpfbroker

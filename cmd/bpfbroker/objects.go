@@ -112,7 +112,7 @@ func describeObject(o *client.Object) string {
 			details = append(details, "value "+m.ValueType)
 		}
 		for _, detail := range details {
-			lines("", strings.Split(indent.Replace("\n"+detail)[1:], "\n"))
+			lines("", strings.Split(indent.Replace("\n" + detail)[1:], "\n"))
 		}
 	}
 	for _, p := range o.Programs {

@@ -159,8 +159,19 @@ func TestObjectScripts(t *testing.T) {
 			env.Setenv(socketVariable, f.socket)
 			return nil
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"status": status},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"status": status, "await": await},
 	})
+}
+
+// await is the script command "await FILE": it waits until there is one.
+func await(ts *testscript.TestScript, neg bool, args []string) {
+	for range 1000 {
+		if _, err := os.Stat(ts.MkAbs(args[0])); err == nil {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	ts.Fatalf("waited in vain for %s", args[0])
 }
 
 // produce writes a record into a ring buffer, as a program does.

@@ -73,6 +73,38 @@ func TestMethods(t *testing.T) {
 			[]string{"a"},
 		},
 		{
+			"ListObjects", `{}`, `{"objects":[{"name":"a","description":"d","state":"loaded","available":true},
+				{"name":"b","description":"","state":"failed","available":false,"reason":"r","remedy":"m"}]}`,
+			func(ctx context.Context, c *Client) (any, error) { return c.ListObjects(ctx) },
+			[]ObjectSummary{{Name: "a", Description: "d", State: "loaded", Available: true}, {Name: "b", State: "failed", Reason: "r", Remedy: "m"}},
+		},
+		{
+			"DescribeObject", `{"object":"a"}`,
+			`{"object":{"name":"a","description":"d","state":"unloaded","load":"boot","keep":"always","maps":[{"name":"m","type":"hash","access":["read-only","consume"],
+				"keySize":4,"valueSize":8,"maxEntries":10,"keyType":"int","valueType":null,"btf":"x"}],"programs":[{"name":"p","type":"xdp","new":1}],
+				"links":[{"name":"l","type":"xdp","target":"lo"}],"files":["/f"]}}`,
+			func(ctx context.Context, c *Client) (any, error) { return c.DescribeObject(ctx, "a") },
+			&Object{
+				Name: "a", Description: "d", State: "unloaded", Load: "boot", Keep: "always",
+				Maps: []ObjectMap{{Name: "m", Type: "hash", Access: []Access{ReadOnly, Consume}, KeySize: 4, ValueSize: 8, MaxEntries: 10, KeyType: "int", BTF: "x"}},
+				Programs: []ObjectProgram{{"p", "xdp"}}, Links: []ObjectLink{{"l", "xdp", "lo"}}, Files: []string{"/f"},
+			},
+		},
+		{
+			"MountObjects", `{"objects":["a","b"],"processFileDescriptor":0,"path":"/mnt"}`, `{}`,
+			func(ctx context.Context, c *Client) (any, error) {
+				return nil, c.MountObjects(ctx, []string{"a", "b"}, os.Stderr, "/mnt")
+			},
+			nil,
+		},
+		{
+			"MountObjects", `{"objects":["a"],"path":"/mnt"}`, `{}`,
+			func(ctx context.Context, c *Client) (any, error) {
+				return nil, c.MountObjects(ctx, []string{"a"}, nil, "/mnt")
+			},
+			nil,
+		},
+		{
 			"Check", `{}`, `{"findings":[{"subject":"profile x","state":"ask","reason":"r","remedy":"m"}]}`,
 			func(ctx context.Context, c *Client) (any, error) { return c.Check(ctx) },
 			[]Finding{{Subject: "profile x", State: Ask, Reason: "r", Remedy: "m"}},
@@ -361,4 +393,42 @@ func TestCheckLocal(t *testing.T) {
 	if diff := cmp.Diff([]string{"user namespaces yes", "mount point yes"}, got); diff != "" {
 		t.Error(diff)
 	}
+}
+
+// What comes instead of a map or a program is closed, whatever it is.
+func TestOpenObjects(t *testing.T) {
+	directory, err := os.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = directory.Close() }) // after the fake's end
+	f := newFake(t, nil)
+	c := f.client(t)
+	open := 0 // once there is a connection
+	for _, test := range []struct {
+		reply string
+		files []*os.File
+	}{
+		{`{"mapFileDescriptor":0,"programFileDescriptor":0,"access":"read-only","warnings":[]}`, []*os.File{directory}},
+		{`{"mapFileDescriptor":0,"programFileDescriptor":0,"access":"read-only","warnings":[]}`, nil},
+		{`{"mapFileDescriptor":1,"programFileDescriptor":1,"access":"read-only","warnings":[]}`, []*os.File{directory}},
+		{`{"access":"read-only","warnings":[]}`, []*os.File{directory}},
+		{`{"mapFileDescriptor":0,"access":"read-write","warnings":[]}`, []*os.File{directory}},
+	} {
+		f.setAnswer(func(*wire.Request, []*os.File) (any, []*os.File) {
+			return wire.Reply{Parameters: json.RawMessage(test.reply)}, test.files
+		})
+		if m, _, err := c.OpenMap(t.Context(), "o", "m", ReadOnly); err == nil {
+			_ = m.Close()
+			t.Errorf("%s: got a map", test.reply)
+		}
+		if p, err := c.OpenProgram(t.Context(), "o", "p"); err == nil {
+			_ = p.Close()
+			t.Errorf("%s: got a program", test.reply)
+		}
+		if open == 0 {
+			open = openFiles(t)
+		}
+	}
+	eventually(t, "the file descriptors to be closed", func() bool { return openFiles(t) <= open })
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -14,6 +15,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/activation"
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
@@ -28,9 +31,20 @@ const (
 	answerTime     = 30 * time.Second // for an answer to be taken
 )
 
-// Listen listens at an address of TCP (HOST:PORT), or if it is an absolute path
-// on a Unix socket, which is for the user alone. The caller closes it.
+// Listen takes the socket that systemd passes to the process. If there is none
+// it listens at an address of TCP (HOST:PORT), or if that is an absolute path on
+// a Unix socket, which is for the user alone. The caller closes it.
 func Listen(address string) (net.Listener, error) {
+	passed, err := activation.Listeners()
+	if err != nil {
+		return nil, fmt.Errorf("cannot take systemd's socket: %w", err)
+	}
+	if len(passed) == 1 && passed[0] != nil {
+		return passed[0], nil
+	}
+	if len(passed) > 0 {
+		return nil, errors.New("cannot take systemd's socket: it is to be one that accepts connections")
+	}
 	network := "tcp"
 	if strings.HasPrefix(address, "/") {
 		network = "unix"
@@ -44,7 +58,7 @@ func Listen(address string) (net.Listener, error) {
 }
 
 // Serve answers requests for /metrics until the context ends, and closes the
-// listener.
+// listener. It tells systemd that it is ready.
 func (e *Exporter) Serve(ctx context.Context, l net.Listener) error {
 	server := &http.Server{
 		Handler:           e.Handler(l.Addr()),
@@ -62,6 +76,9 @@ func (e *Exporter) Serve(ctx context.Context, l net.Listener) error {
 		_ = server.Close()
 	})
 	defer stop()
+	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+		slog.Warn("cannot notify systemd", "error", err)
+	}
 	err := server.Serve(&limited{Listener: l, free: make(chan struct{}, maxConnections)})
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
