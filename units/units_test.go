@@ -20,6 +20,7 @@ var since = map[string]int{
 	"After": 201, "Description": 201, "Documentation": 201, "Requires": 201, "WantedBy": 201,
 	"Backlog": 0, "DirectoryMode": 0, "FileDescriptorName": 227, "ListenStream": 0, "SocketMode": 0, "Symlinks": 214,
 	"BusName": 0, "ExecReload": 0, "ExecStart": 0, "ExecStartPre": 0, "PropagatesReloadTo": 209, "RemainAfterExit": 0, "NotifyAccess": 0, "RestartPreventExitStatus": 189, "Type": 0, "WatchdogSec": 0,
+	"EnvironmentFile": 0, "Restart": 0, "RestartSec": 0,
 	"RuntimeDirectory": 211, "RuntimeDirectoryMode": 234, "RuntimeDirectoryPreserve": 235, "UMask": 0,
 	"LimitCORE": 0, "LimitMEMLOCK": 0, "LimitNOFILE": 0, "MemoryMax": 231, "TasksMax": 227,
 	"CapabilityBoundingSet": 0, "DevicePolicy": 208, "IPAddressDeny": 235, "LockPersonality": 235, "MemoryDenyWriteExecute": 231,

@@ -235,15 +235,18 @@ func answers(r request) any {
 			return refusal{"NoSuchObject", "cannot describe it: no such object", "request", "see \"bpfbroker objects\""}
 		}
 		return map[string]any{"object": map[string]any{
-			"name": "flows", "description": "Who with whom", "state": "loaded", "load": "first-use", "keep": "5min",
+			"name": "flows", "description": "Who with whom", "state": "loaded", "available": false, "reason": "verifier:\nno", "remedy": "mend it", "load": "first-use", "keep": "5min",
 			"maps": []any{
 				map[string]any{"name": "table", "type": "hash", "access": []string{"read-only", "read-write"}, "keySize": 8, "valueSize": 8, "maxEntries": 100,
 					"keyType": "struct flow {\n\tint port;\n}", "valueType": "counter"},
 				map[string]any{"name": "events", "type": "ringbuf", "access": []string{"consume"}, "keySize": 0, "valueSize": 0, "maxEntries": 4096, "valueType": "struct event"},
 			},
 			"programs": []any{map[string]any{"name": "pass", "type": "xdp"}},
-			"links":    []any{map[string]any{"name": "trace", "type": "raw_tracepoint", "target": "sys_enter"}},
-			"files":    []string{"/usr/lib/a"},
+			"links": []any{
+				map[string]any{"name": "trace", "program": "p", "type": "raw_tracepoint", "target": "sys_enter", "attached": true},
+				map[string]any{"name": "pass", "program": "p", "type": "xdp", "target": "eth7", "attached": false},
+			},
+			"files": []string{"/usr/lib/a"},
 		}}
 	case "OpenMap":
 		return refusal{"NotAuthorized", "cannot open the map: not authorized", "polkit", "ask the administrator for a polkit rule"}
@@ -251,7 +254,7 @@ func answers(r request) any {
 		if r.Parameters["path"] != "/mnt" {
 			return refusal{"PathNotFound", "cannot mount: no such directory", "target", ""}
 		}
-		return map[string]any{}
+		return map[string]any{"pins": []string{"flows/table"}, "warnings": []string{"it can be pinned"}}
 	case "MountToken":
 		switch name {
 		case "network":

@@ -92,6 +92,13 @@ func describeObject(o *client.Object) string {
 		line("Description:", o.Description)
 	}
 	line("State:", o.State)
+	line("Available:", yesNo(o.Available))
+	if o.Reason != "" {
+		line("Reason:", o.Reason)
+	}
+	if o.Remedy != "" {
+		line("To change it:", o.Remedy)
+	}
 	line("Load:", o.Load)
 	line("Keep:", o.Keep)
 	for _, m := range o.Maps {
@@ -119,7 +126,11 @@ func describeObject(o *client.Object) string {
 		line("Program:", p.Name+" ("+p.Type+")")
 	}
 	for _, l := range o.Links {
-		line("Attached:", l.Name+" ("+l.Type+") to "+l.Target)
+		label := "Attached:"
+		if !l.Attached {
+			label = "Not attached:"
+		}
+		line(label, l.Name+", to "+l.Type+" "+l.Target)
 	}
 	lines("Files:", o.Files)
 	return out.String()
@@ -273,7 +284,8 @@ func (a *app) objectMountCommand() *cobra.Command {
 		Use:   "mount [--pid PID] NAME… PATH",
 		Short: "Mount objects as a BPF file system",
 		Long: `Mount objects as a BPF file system that cannot be written to, with a directory
-for each, at PATH in the mount namespace of a process.`,
+for each, at PATH in the mount namespace of a process. Both that namespace and
+its user namespace have to be the user's own.`,
 		Args:              cobra.MinimumNArgs(2),
 		ValidArgsFunction: a.completeObjects,
 		RunE: func(command *cobra.Command, args []string) error {
@@ -296,7 +308,9 @@ func (a *app) objectMount(ctx context.Context, objects []string, pid int, path s
 		defer process.Close()
 	}
 	return a.ask(ctx, func(c *client.Client, _ func()) error {
-		return c.MountObjects(ctx, objects, process, path)
+		_, warnings, err := c.MountObjects(ctx, objects, process, path)
+		a.warn(warnings)
+		return err
 	})
 }
 

@@ -80,29 +80,31 @@ func TestMethods(t *testing.T) {
 		},
 		{
 			"DescribeObject", `{"object":"a"}`,
-			`{"object":{"name":"a","description":"d","state":"unloaded","load":"boot","keep":"always","maps":[{"name":"m","type":"hash","access":["read-only","consume"],
+			`{"object":{"name":"a","description":"d","state":"unloaded","available":true,"load":"boot","keep":"always","maps":[{"name":"m","type":"hash","access":["read-only","consume"],
 				"keySize":4,"valueSize":8,"maxEntries":10,"keyType":"int","valueType":null,"btf":"x"}],"programs":[{"name":"p","type":"xdp","new":1}],
-				"links":[{"name":"l","type":"xdp","target":"lo"}],"files":["/f"]}}`,
+				"links":[{"name":"l","program":"q","type":"xdp","target":"lo","attached":true}],"files":["/f"]}}`,
 			func(ctx context.Context, c *Client) (any, error) { return c.DescribeObject(ctx, "a") },
 			&Object{
-				Name: "a", Description: "d", State: "unloaded", Load: "boot", Keep: "always",
-				Maps: []ObjectMap{{Name: "m", Type: "hash", Access: []Access{ReadOnly, Consume}, KeySize: 4, ValueSize: 8, MaxEntries: 10, KeyType: "int", BTF: "x"}},
-				Programs: []ObjectProgram{{"p", "xdp"}}, Links: []ObjectLink{{"l", "xdp", "lo"}}, Files: []string{"/f"},
+				ObjectSummary: ObjectSummary{Name: "a", Description: "d", State: "unloaded", Available: true}, Load: "boot", Keep: "always",
+				Maps:     []ObjectMap{{Name: "m", Type: "hash", Access: []Access{ReadOnly, Consume}, KeySize: 4, ValueSize: 8, MaxEntries: 10, KeyType: "int", BTF: "x"}},
+				Programs: []ObjectProgram{{Name: "p", Type: "xdp"}}, Links: []ObjectLink{{"l", "q", "xdp", "lo", true}}, Files: []string{"/f"},
 			},
 		},
 		{
-			"MountObjects", `{"objects":["a","b"],"processFileDescriptor":0,"path":"/mnt"}`, `{}`,
+			"MountObjects", `{"objects":["a","b"],"processFileDescriptor":0,"path":"/mnt"}`, `{"pins":["a/m"],"warnings":["w"]}`,
 			func(ctx context.Context, c *Client) (any, error) {
-				return nil, c.MountObjects(ctx, []string{"a", "b"}, os.Stderr, "/mnt")
+				pins, warnings, err := c.MountObjects(ctx, []string{"a", "b"}, os.Stderr, "/mnt")
+				return [][]string{pins, warnings}, err
 			},
-			nil,
+			[][]string{{"a/m"}, {"w"}},
 		},
 		{
-			"MountObjects", `{"objects":["a"],"path":"/mnt"}`, `{}`,
+			"MountObjects", `{"objects":["a"],"path":"/mnt"}`, `{"pins":[],"warnings":[]}`,
 			func(ctx context.Context, c *Client) (any, error) {
-				return nil, c.MountObjects(ctx, []string{"a"}, nil, "/mnt")
+				pins, warnings, err := c.MountObjects(ctx, []string{"a"}, nil, "/mnt")
+				return [][]string{pins, warnings}, err
 			},
-			nil,
+			[][]string{{}, {}},
 		},
 		{
 			"Check", `{}`, `{"findings":[{"subject":"profile x","state":"ask","reason":"r","remedy":"m"}]}`,

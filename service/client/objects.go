@@ -113,10 +113,12 @@ func take[T any](file *os.File, make func(fd int) (T, error)) (T, error) {
 
 // MountObjects mounts what the objects publish at path, an existing directory in
 // the mount namespace of the process that pidfd names, or of the calling one if
-// it is nil: a BPF file system that can't be written to, with a directory for
-// each object. An unmodified program opens maps there by their paths. polkit
-// decides. The pidfd stays the caller's.
-func (c *Client) MountObjects(ctx context.Context, objects []string, pidfd *os.File, path string) error {
+// it is nil: a BPF file system that can't be written to. An unmodified program
+// opens maps there by their paths. polkit decides. The pidfd stays the caller's.
+//
+// It returns what is there, as OBJECT/MAP, and in phrases for people what the
+// mount doesn't keep the process from.
+func (c *Client) MountObjects(ctx context.Context, objects []string, pidfd *os.File, path string) (pins, warnings []string, err error) {
 	in := struct {
 		Objects []string `json:"objects"`
 		Process *int     `json:"processFileDescriptor,omitempty"`
@@ -127,7 +129,12 @@ func (c *Client) MountObjects(ctx context.Context, objects []string, pidfd *os.F
 	if pidfd != nil {
 		in.Process, files = new(int), []*os.File{pidfd}
 	}
-	return c.call(ctx, "MountObjects", in, &struct{}{}, files...)
+	var out struct {
+		Pins     []string `json:"pins"`
+		Warnings []string `json:"warnings"`
+	}
+	err = c.call(ctx, "MountObjects", in, &out, files...)
+	return out.Pins, out.Warnings, err
 }
 
 // Table is an opened map, and what is known of it.

@@ -86,10 +86,7 @@ type ObjectSummary struct {
 
 // Object is a published object and all that it offers.
 type Object struct {
-	Name        string `json:"name"`
-	Description string `json:"description"`
-	// State is "loaded", "unloaded" or "failed".
-	State string `json:"state"`
+	ObjectSummary
 	// Load is when it is loaded: "boot" or "first-use".
 	Load string `json:"load"`
 	// Keep is how long it stays after its last user: "always", "while-used" or a
@@ -105,7 +102,7 @@ type Object struct {
 // ObjectMap is a map that an object publishes.
 type ObjectMap struct {
 	Name string `json:"name"`
-	// Type is in the kernel's spelling ("hash").
+	// Type is the kernel's, in lower case ("hash").
 	Type string `json:"type"`
 	// Access is what it may be opened with.
 	Access []Access `json:"access"`
@@ -125,16 +122,23 @@ type ObjectMap struct {
 // ObjectProgram is a program that an object publishes.
 type ObjectProgram struct {
 	Name string `json:"name"`
-	// Type is in the kernel's spelling ("xdp").
+	// Type is the kernel's, in lower case ("xdp").
 	Type string `json:"type"`
+	// AttachType is likewise, "" if it has none.
+	AttachType string `json:"attachType,omitempty"`
 }
 
 // ObjectLink says where an object is attached.
 type ObjectLink struct {
 	Name string `json:"name"`
-	Type string `json:"type"`
-	// Target is what the program is attached to.
+	// Program is the program's name in the ELF file.
+	Program string `json:"program"`
+	// Type is how it is attached ("xdp", "tracepoint"), and Target to what.
+	Type   string `json:"type"`
 	Target string `json:"target"`
+	// Attached says whether it is attached now: the object may not be loaded, or
+	// the target not be there.
+	Attached bool `json:"attached"`
 }
 
 // Access is what an opened map is good for.
