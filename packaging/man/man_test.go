@@ -113,7 +113,8 @@ func TestCommandLine(t *testing.T) {
 	if out, err := exec.Command("go", "build", "-o", program, "../../cmd/bpfbroker").CombinedOutput(); err != nil {
 		t.Fatalf("cannot build: %v\n%s", err, out)
 	}
-	for _, command := range []string{"", "run", "profiles", "profile", "profile show", "list", "renew", "revoke", "check", "mount", "cdi"} {
+	for _, command := range []string{"", "run", "profiles", "profile", "profile show", "list", "renew", "revoke", "check", "mount", "cdi",
+		"objects", "object", "object show", "object dump", "object watch", "object open", "object mount", "export"} {
 		help, err := exec.Command(program, append(strings.Fields(command), "--help")...).Output()
 		if err != nil {
 			t.Fatal(err)
@@ -185,6 +186,30 @@ func TestLimits(t *testing.T) {
 		m := regexp.MustCompile(strings.Replace(format, "N", `(\d+)`, 1)).FindStringSubmatch(text)
 		if m == nil {
 			t.Errorf("%s does not have %q", profiles, format)
+			continue
+		}
+		checkLimit(t, format, m[1], source)
+	}
+}
+
+// The limits of a scrape, and of the maps that are handed on, are those of the
+// source.
+func TestExportLimits(t *testing.T) {
+	t.Parallel()
+	text := page(t, bpfbroker)
+	for format, source := range map[string]string{
+		"most N maps":                  `../../cmd/bpfbroker/objects.go maxOpen = (\d+)`,
+		"arrays of up to N numbers":    `../client/export/plan.go maxList = (\d+)`,
+		"scrape has at most N entries": `../client/export/export.go maxEntries = (\d+)`,
+		"and N samples":                `../client/export/export.go maxSamples = (\d+)`,
+		"reads for at most N s":        `../client/export/export.go maxTime    = (\d+)`,
+		"cut after N bytes":            `../client/export/export.go maxLabel   = (\d+)`,
+		" N scrapes":                   `../client/export/server.go maxScrapes     = (\d+)`,
+		" N connections":               `../client/export/server.go maxConnections = (\d+)`,
+	} {
+		m := regexp.MustCompile(strings.Replace(format, "N", `(\d+)`, 1)).FindStringSubmatch(text)
+		if m == nil {
+			t.Errorf("%s does not have %q", bpfbroker, format)
 			continue
 		}
 		checkLimit(t, format, m[1], source)

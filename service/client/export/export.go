@@ -30,8 +30,8 @@ import (
 
 // Limits of a scrape. What is beyond the first two is left out.
 const (
-	maxEntries = 20_000          // of all maps together
-	maxSamples = 200_000         // lines, of all maps together
+	maxEntries = 20000           // of all maps together
+	maxSamples = 200000          // lines, of all maps together
 	maxLabel   = 256             // bytes of a label's value, then it is cut
 	maxTime    = 5 * time.Second // reading maps
 )
