@@ -60,12 +60,9 @@ struct log2_histogram {
 #define LRU_HASH 9
 #define LRU_PERCPU_HASH 10
 #define RINGBUF 27
-#define TASK_STORAGE 29
 
-#define NO_PREALLOC 1 /* BPF_F_NO_PREALLOC */
 #define ANY 0	      /* BPF_ANY */
 #define NOEXIST 1     /* BPF_NOEXIST */
-#define CREATE 1      /* BPF_LOCAL_STORAGE_GET_F_CREATE */
 
 /* enum bpf_func_id */
 static void *(*const map_lookup)(void *map, const void *key) = (void *)1;
@@ -80,8 +77,7 @@ static long (*const read_kernel_str)(void *to, __u32 size, const void *from) = (
 static __u64 (*const ktime)(void) = (void *)5;
 static void *(*const ringbuf_reserve)(void *map, __u64 size, __u64 flags) = (void *)131;
 static void (*const ringbuf_submit)(void *record, __u64 flags) = (void *)132;
-static void *(*const task_storage_get)(void *map, void *task, void *value, __u64 flags) = (void *)156;
-static void *(*const current_task)(void) = (void *)158;
+static void *(*const current_task)(void) = (void *)35;
 
 /* Reads from->field of a kernel structure, 0 if it can't be read. */
 #define READ(from, field)                                                     \

@@ -25,19 +25,15 @@ struct syscall_latency {
 // There are fewer than 512 system calls on every architecture.
 MAP(PERCPU_HASH, 512, struct syscall_key, struct syscall_latency) syscalls SEC(".maps");
 
-// The system call that a thread is in. It goes with the thread, of which some
-// never come back from theirs.
+// The system call that a thread is in. Task storage would go with the thread by
+// itself, but Linux 7.2 gives none here.
 struct call {
 	__u64 since; // 0: none
 	__u32 number;
 };
 
-struct {
-	int (*type)[TASK_STORAGE];
-	int (*map_flags)[NO_PREALLOC];
-	int *key;
-	struct call *value;
-} calls SEC(".maps");
+// Threads beyond these aren't seen.
+MAP(HASH, 65536, __u32, struct call) calls SEC(".maps");
 
 // What a system call starts with: the stack has no room for it.
 static const struct syscall_latency nothing;
@@ -77,12 +73,17 @@ INLINE int compat(void *task, long number)
 SEC("raw_tp/sys_enter")
 int enter(__u64 *arguments) // struct pt_regs *, long number
 {
-	void *task = current_task();
+	__u32 thread = get_pid_tgid();
+	struct call started = {};
 	struct call *call;
 
-	if ((long)arguments[1] < 0 || compat(task, arguments[1]))
+	if ((long)arguments[1] < 0 || compat(current_task(), arguments[1]))
 		return 0;
-	call = task_storage_get(&calls, task, 0, CREATE);
+	call = map_lookup(&calls, &thread);
+	if (!call) {
+		map_update(&calls, &thread, &started, NOEXIST);
+		call = map_lookup(&calls, &thread);
+	}
 	if (call) {
 		call->number = arguments[1];
 		call->since = ktime();
@@ -90,10 +91,21 @@ int enter(__u64 *arguments) // struct pt_regs *, long number
 	return 0;
 }
 
+// Some system calls never come back.
+SEC("raw_tp/sched_process_exit")
+int forget(void *context)
+{
+	__u32 thread = get_pid_tgid();
+
+	map_delete(&calls, &thread);
+	return 0;
+}
+
 SEC("raw_tp/sys_exit")
 int leave(__u64 *arguments) // struct pt_regs *, long result
 {
-	struct call *call = task_storage_get(&calls, current_task(), 0, 0);
+	__u32 thread = get_pid_tgid();
+	struct call *call = map_lookup(&calls, &thread);
 	struct syscall_latency *latency;
 	struct syscall_key key = {};
 

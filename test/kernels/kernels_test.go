@@ -29,8 +29,8 @@ var suites = []struct {
 }{
 	// It has neither BPF tokens nor the pidfd of a socket's peer.
 	{"6.1", []string{"test/kernels/daemon"}},
-	{"6.12", []string{"service/internal/kernel", "service/internal/delegate", "service/internal/grant", "service/internal/guard", "service/internal/broker", "service/internal/catalog"}},
-	{"7.2", []string{"service/internal/kernel", "service/internal/delegate", "service/internal/grant", "service/internal/guard", "service/internal/broker", "service/internal/catalog"}},
+	{"6.12", []string{"service/internal/kernel", "service/internal/delegate", "service/internal/grant", "service/internal/guard", "service/internal/broker", "service/internal/catalog", "bpf/objects"}},
+	{"7.2", []string{"service/internal/kernel", "service/internal/delegate", "service/internal/grant", "service/internal/guard", "service/internal/broker", "service/internal/catalog", "bpf/objects"}},
 }
 
 // systems are the packages whose tests boot a whole system on a kernel, and drive it from the host.
