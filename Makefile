@@ -18,7 +18,7 @@ DBUSDIR ?= /usr/share/dbus-1
 HOOKDIR ?= /usr/share/containers/oci/hooks.d
 VERSION ?= 0.1
 GO ?= go
-ARCH ?= $(shell $(GO) env GOARCH)
+GOARCH ?= $(shell $(GO) env GOARCH)
 BUILD ?= build
 
 export CGO_ENABLED = 0
@@ -50,6 +50,9 @@ $(BUILD)/man/%: packaging/man/%.scd Makefile
 	mkdir -p $(@D)
 	sed 's|@LIBEXECDIR@|$(LIBEXECDIR)|' $< | scdoc >$@
 
+# Other architectures have it when somebody writes their system calls' names down.
+SYSCALLS = $(wildcard bpf/objects/syscall-latency-$(GOARCH).bpf.o)
+
 install: all
 	install -D -m 0755 -t $(DESTDIR)$(BINDIR) $(BUILD)/bpfbroker
 	install -D -m 0755 -t $(DESTDIR)$(LIBEXECDIR) $(BUILD)/bpfbrokerd
@@ -62,8 +65,11 @@ install: all
 	install -D -m 0644 -t $(DESTDIR)$(PROFILEDIR) packaging/profiles/*.profile
 	install -D -m 0644 -t $(DESTDIR)$(USERUNITDIR) units/bpfbroker-export.socket $(BUILD)/bpfbroker-export.service
 	install -D -m 0644 -t $(DESTDIR)$(ELFDIR) bpf/objects/execs.bpf.o bpf/objects/tcp-connections.bpf.o
-	install -m 0644 bpf/objects/syscall-latency-$(ARCH).bpf.o $(DESTDIR)$(ELFDIR)/syscall-latency.bpf.o
-	install -D -m 0644 -t $(DESTDIR)$(OBJECTDIR) packaging/objects/*.object
+	install -D -m 0644 -t $(DESTDIR)$(OBJECTDIR) packaging/objects/execs.object packaging/objects/tcp-connections.object
+ifneq ($(SYSCALLS),)
+	install -m 0644 $(SYSCALLS) $(DESTDIR)$(ELFDIR)/syscall-latency.bpf.o
+	install -m 0644 -t $(DESTDIR)$(OBJECTDIR) packaging/objects/syscall-latency.object
+endif
 	install -D -m 0644 -t $(DESTDIR)$(DATADIR)/doc/bpfbroker/polkit polkit/examples/*.rules
 	install -D -m 0644 -t $(DESTDIR)$(DATADIR)/doc/bpfbroker/units units/examples/profile.conf
 	install -D -m 0644 -t $(DESTDIR)$(HOOKDIR) $(BUILD)/bpfbroker.json
@@ -112,16 +118,24 @@ clean:
 # The shipped objects are in the repository, since who builds bpfbroker needs no
 # clang. System calls have other numbers on each architecture.
 OBJECTS = execs tcp-connections syscall-latency-amd64 syscall-latency-arm64
+OBJECTOUT ?= bpf/objects
 
-generate: $(OBJECTS:%=bpf/objects/%.bpf.o)
+generate: $(OBJECTS:%=$(OBJECTOUT)/%.bpf.o)
+
+check-generate: check-objects
+
+check-objects:
+	mkdir -p $(BUILD)/objects
+	$(MAKE) OBJECTOUT=$(BUILD)/objects $(OBJECTS:%=$(BUILD)/objects/%.bpf.o)
+	for object in $(OBJECTS); do cmp bpf/objects/$$object.bpf.o $(BUILD)/objects/$$object.bpf.o || exit 1; done
 
 CLANG_OBJECT = clang -O2 -g -Wall -Werror -target bpf -mcpu=v3 -fdebug-prefix-map=$(CURDIR)=.
 
-bpf/objects/syscall-latency-%.bpf.o: FORCE
+$(OBJECTOUT)/syscall-latency-%.bpf.o: FORCE
 	$(CLANG_OBJECT) -DARCH_$* -c bpf/objects/syscall-latency.bpf.c -o $@
 	llvm-strip -g $@
 
-bpf/objects/%.bpf.o: FORCE
+$(OBJECTOUT)/%.bpf.o: FORCE
 	$(CLANG_OBJECT) -c bpf/objects/$*.bpf.c -o $@
 	llvm-strip -g $@
 
@@ -143,11 +157,11 @@ test:
 	shellcheck test/setup test/machines/recipe.sh .ci/run
 	xmllint --noout polkit/org.bpfbroker.policy
 	$(MAKE) check check-generate
-	$(GO) test -tags root ./service/internal/kernel ./service/internal/delegate ./service/internal/grant ./service/internal/broker ./service/internal/catalog
+	$(GO) test -tags root ./service/internal/kernel ./service/internal/delegate ./service/internal/grant ./service/internal/broker ./bpf/objects ./service/client/... ./cmd/bpfbroker
 	$(GO) test -count=1 ./test/machines ./test/scenarios
 	$(MAKE) test-kernels
 
-TEST_PACKAGES = make clang scdoc man-db dbus procps shellcheck libxml2-utils e2fsprogs xz-utils qemu-system-x86
+TEST_PACKAGES = make clang llvm curl scdoc man-db dbus procps shellcheck libxml2-utils e2fsprogs xz-utils qemu-system-x86
 
 # The same on Debian's kernels, in QEMU: suites alone, and a whole system.
 test-kernels:
@@ -162,4 +176,4 @@ bench:
 	test/setup make clang gcc libc6-dev
 	$(GO) run ./test/bench
 
-.PHONY: all install install-programs generate check-generate uninstall clean check test test-kernels demo bench
+.PHONY: all install install-programs generate check-generate check-objects uninstall clean check test test-kernels demo bench
