@@ -300,11 +300,10 @@ its user namespace have to be the user's own.`,
 func (a *app) objectMount(ctx context.Context, objects []string, pid int, path string) error {
 	var process *os.File
 	if pid != 0 {
-		fd, err := unix.PidfdOpen(pid, 0)
-		if err != nil {
-			return fmt.Errorf("cannot find process %d: %w", pid, err)
+		var err error
+		if process, err = client.OpenProcess(pid); err != nil {
+			return fmt.Errorf("cannot open process %d: %w", pid, err)
 		}
-		process = os.NewFile(uintptr(fd), "pidfd")
 		defer process.Close()
 	}
 	return a.ask(ctx, func(c *client.Client, _ func()) error {
