@@ -139,7 +139,9 @@ func TestExport(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { must(t, "root", "rm -rf /usr/local/bin/prometheus /home/bob/prometheus* /home/alice/.config/bpfbroker") })
+	t.Cleanup(func() {
+		must(t, "root", "rm -rf /usr/local/bin/prometheus /home/bob/prometheus* /home/alice/.config/bpfbroker")
+	})
 	if err := machine.WriteFile(t.Context(), "/usr/local/bin/prometheus", 0o755, prometheus); err != nil {
 		t.Fatal(err)
 	}
