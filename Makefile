@@ -157,7 +157,7 @@ test:
 	shellcheck test/setup test/machines/recipe.sh .ci/run
 	xmllint --noout polkit/org.bpfbroker.policy
 	$(MAKE) check check-generate
-	$(GO) test -tags root ./service/internal/kernel ./service/internal/delegate ./service/internal/grant ./service/internal/broker ./bpf/objects ./service/client/... ./cmd/bpfbroker
+	$(GO) test -tags root ./service/internal/kernel ./service/internal/delegate ./service/internal/grant ./service/internal/broker ./service/internal/catalog ./bpf/objects ./service/client/... ./cmd/bpfbroker
 	$(GO) test -count=1 ./test/machines ./test/scenarios
 	$(MAKE) test-kernels
 
@@ -175,5 +175,6 @@ demo:
 bench:
 	test/setup make clang gcc libc6-dev
 	$(GO) run ./test/bench
+	$(GO) test -tags root -run '^$$' -bench . ./service/client/export
 
 .PHONY: all install install-programs generate check-generate check-objects uninstall clean check test test-kernels demo bench
