@@ -22,13 +22,13 @@ GOARCH ?= $(shell $(GO) env GOARCH)
 BUILD ?= build
 
 export CGO_ENABLED = 0
-GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
+GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION) -X main.exporter=$(LIBEXECDIR)/bpfbroker-export'
 STATICCHECK = $(GO) run honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
 # The manual, if there is something to make it with.
 MAN = $(if $(shell command -v scdoc),bpfbroker.1 bpfbroker-profiles.5 bpfbroker-objects.5 bpfbrokerd.8)
 
-all: $(BUILD)/bpfbroker $(BUILD)/bpfbrokerd $(BUILD)/bpfbroker.service $(BUILD)/bpfbroker-cdi.service $(BUILD)/bpfbroker-export.service $(BUILD)/bpfbroker.json $(MAN:%=$(BUILD)/man/%)
+all: $(BUILD)/bpfbroker $(BUILD)/bpfbroker-export $(BUILD)/bpfbrokerd $(BUILD)/bpfbroker.service $(BUILD)/bpfbroker-cdi.service $(BUILD)/bpfbroker-export.service $(BUILD)/bpfbroker.json $(MAN:%=$(BUILD)/man/%)
 
 # Go knows best what has changed.
 .PHONY: FORCE
@@ -36,6 +36,9 @@ FORCE:
 
 $(BUILD)/%: FORCE
 	$(GOBUILD) -o $@ ./cmd/$*
+
+$(BUILD)/bpfbroker-export: FORCE
+	$(GOBUILD) -tags export -o $@ ./cmd/bpfbroker
 
 # PREFIX may have changed, too.
 $(BUILD)/%.service: units/%.service.in FORCE
@@ -55,7 +58,7 @@ SYSCALLS = $(wildcard bpf/objects/syscall-latency-$(GOARCH).bpf.o)
 
 install: all
 	install -D -m 0755 -t $(DESTDIR)$(BINDIR) $(BUILD)/bpfbroker
-	install -D -m 0755 -t $(DESTDIR)$(LIBEXECDIR) $(BUILD)/bpfbrokerd
+	install -D -m 0755 -t $(DESTDIR)$(LIBEXECDIR) $(BUILD)/bpfbrokerd $(BUILD)/bpfbroker-export
 	install -D -m 0644 -t $(DESTDIR)$(UNITDIR) units/bpfbroker.socket $(BUILD)/bpfbroker.service $(BUILD)/bpfbroker-cdi.service
 	install -D -m 0644 -t $(DESTDIR)$(POLKITDIR) polkit/org.bpfbroker.policy
 	install -D -m 0644 -t $(DESTDIR)$(DBUSDIR)/system.d packaging/dbus/org.bpfbroker.Broker1.conf
@@ -100,7 +103,7 @@ check-generate:
 	out=$$(mktemp -d) && BPF_OUT=$$out $(GO) generate ./bpf && diff $$out/guard_bpfel.go bpf && diff $$out/guard_bpfel.o bpf && rm -r $$out
 
 uninstall:
-	rm -f $(DESTDIR)$(BINDIR)/bpfbroker $(DESTDIR)$(LIBEXECDIR)/bpfbrokerd
+	rm -f $(DESTDIR)$(BINDIR)/bpfbroker $(DESTDIR)$(LIBEXECDIR)/bpfbrokerd $(DESTDIR)$(LIBEXECDIR)/bpfbroker-export
 	rm -f $(DESTDIR)$(UNITDIR)/bpfbroker.socket $(DESTDIR)$(UNITDIR)/bpfbroker.service $(DESTDIR)$(UNITDIR)/bpfbroker-cdi.service $(DESTDIR)$(HOOKDIR)/bpfbroker.json
 	rm -f $(DESTDIR)$(POLKITDIR)/org.bpfbroker.policy $(DESTDIR)$(CATALOGDIR)/bpfbroker.catalog
 	rm -f $(DESTDIR)$(DBUSDIR)/system.d/org.bpfbroker.Broker1.conf $(DESTDIR)$(DBUSDIR)/system-services/org.bpfbroker.Broker1.service
@@ -143,9 +146,10 @@ $(OBJECTOUT)/%.bpf.o: FORCE
 check:
 	@unformatted=$$(gofmt -l bpf cmd packaging service test units); [ -z "$$unformatted" ] || { echo "not gofmt-clean: $$unformatted" >&2; exit 1; }
 	$(GO) mod tidy -diff
-	$(GO) vet -tags root,kernels ./...
-	$(STATICCHECK) -tags root,kernels ./...
-	$(GO) test ./bpf/... ./cmd/... ./packaging/... ./service/... ./units/...
+	$(GO) vet ./cmd/bpfbroker
+	$(GO) vet -tags root,kernels,export ./...
+	$(STATICCHECK) -tags root,kernels,export ./...
+	$(GO) test -tags export ./bpf/... ./cmd/... ./packaging/... ./service/... ./units/...
 
 # Everything from here on needs root, the network and a Debian, and installs
 # with apt what is missing.
@@ -157,7 +161,8 @@ test:
 	shellcheck test/setup test/machines/recipe.sh .ci/run
 	xmllint --noout polkit/org.bpfbroker.policy
 	$(MAKE) check check-generate
-	$(GO) test -tags root ./service/internal/kernel ./service/internal/delegate ./service/internal/grant ./service/internal/broker ./service/internal/catalog ./bpf/objects ./service/client/... ./cmd/bpfbroker
+	$(GO) test -tags root ./service/internal/kernel ./service/internal/delegate ./service/internal/grant ./service/internal/broker ./service/internal/catalog ./bpf/objects ./service/client/...
+	$(GO) test -tags root,export ./cmd/bpfbroker
 	$(GO) test -count=1 ./test/machines ./test/scenarios
 	$(MAKE) test-kernels
 
