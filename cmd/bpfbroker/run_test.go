@@ -347,6 +347,29 @@ func TestInterrupted(t *testing.T) {
 	}
 }
 
+// TestEarlySignal has a signal come while bpfbroker waits for the broker, which
+// doesn't end it: it is the command's, which dies of it.
+func TestEarlySignal(t *testing.T) {
+	t.Parallel()
+	asked, granted := make(chan struct{}), make(chan struct{})
+	f := newFake(t, func(r request) any {
+		close(asked)
+		<-granted
+		return answers(r)
+	})
+	cmd := bpfbroker(f.socket, "run", "-p", "network", "sleep", "60")
+	start(t, cmd)
+	<-asked
+	if err := cmd.Process.Signal(syscall.SIGUSR1); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(50 * time.Millisecond) // Go hands it on
+	close(granted)
+	if status := wait(t, cmd); status != 128+int(syscall.SIGUSR1) {
+		t.Errorf("got exit status %d", status)
+	}
+}
+
 // TestLater looks at bpfbroker while the command runs.
 func TestLater(t *testing.T) {
 	t.Parallel()

@@ -6,6 +6,7 @@ import (
 	"context"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 
 	"github.com/bpfbroker/bpfbroker/service/client"
@@ -50,21 +51,26 @@ func (w *signalWatch) forwardTo(command *client.Command) { w.command <- command 
 
 func (w *signalWatch) watch(received <-chan os.Signal, cancel context.CancelCauseFunc) {
 	var command *client.Command
-	var early os.Signal
+	var early []os.Signal
 	for {
 		select {
 		case command = <-w.command:
-			// It came too late to keep the command from starting.
-			if early != nil {
-				_ = command.Signal(early.(syscall.Signal))
+			// The command may have run for a while by now.
+			for _, s := range early {
+				_ = command.Signal(s.(syscall.Signal))
 			}
 		case s := <-received:
 			switch {
-			case command != nil && !fromTerminal(s):
-				_ = command.Signal(s.(syscall.Signal)) // it may have ended
 			case command == nil && (s == syscall.SIGHUP || s == syscall.SIGINT || s == syscall.SIGQUIT || s == syscall.SIGTERM):
-				early = s
+				early = append(early, s)
 				cancel(interruption(s.(syscall.Signal)))
+			case fromTerminal(s):
+			case command == nil:
+				if !slices.Contains(early, s) {
+					early = append(early, s)
+				}
+			default:
+				_ = command.Signal(s.(syscall.Signal)) // it may have ended
 			}
 		}
 	}
