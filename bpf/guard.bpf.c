@@ -82,7 +82,7 @@ struct object {
 	u64 bytes;     // of a map
 	u64 namespace; // of a program, else 0
 	u32 owner;
-	u32 reported;
+	u32 id; // of a program that has had a descriptor, and was reported, else 0
 };
 
 struct event {
@@ -700,8 +700,8 @@ int prog_descriptor(u64 *ctx)
 		return 0;
 	if (!may_hold(o))
 		return refuse_program(o->grant, o->owner, DESCRIPTOR, 0, prog);
-	if (!o->reported) {
-		o->reported = 1;
+	if (!o->id) {
+		o->id = prog->aux->id;
 		e = new_event(o->grant, o->owner, LOADED, 0);
 		if (e) {
 			describe(e, prog);

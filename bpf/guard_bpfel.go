@@ -54,6 +54,15 @@ type GuardGrant struct {
 	Kfuncs       [128]uint32
 }
 
+type GuardObject struct {
+	_         structs.HostLayout
+	Grant     uint64
+	Bytes     uint64
+	Namespace uint64
+	Owner     uint32
+	Id        uint32
+}
+
 type GuardUsage struct {
 	_        structs.HostLayout
 	MapBytes uint64

@@ -131,6 +131,7 @@ struct bpf_token {
 } CORE;
 
 struct bpf_prog_aux {
+	u32 id;
 	struct bpf_token *token;
 	char name[16];
 } CORE;

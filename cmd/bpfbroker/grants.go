@@ -67,7 +67,8 @@ func (a *app) renewCommand() *cobra.Command {
 }
 
 func (a *app) revokeCommand() *cobra.Command {
-	return &cobra.Command{
+	var kill bool
+	command := &cobra.Command{
 		Use:               "revoke GRANT…",
 		Short:             "End grants",
 		Args:              cobra.MinimumNArgs(1),
@@ -76,7 +77,7 @@ func (a *app) revokeCommand() *cobra.Command {
 			c := a.client()
 			defer c.Close()
 			return each(ids, func(id string) error {
-				notReached, err := c.RevokeGrant(command.Context(), id)
+				notReached, err := c.RevokeGrant(command.Context(), id, kill)
 				if a.quiet {
 					return err
 				}
@@ -87,6 +88,8 @@ func (a *app) revokeCommand() *cobra.Command {
 			})
 		},
 	}
+	command.Flags().BoolVar(&kill, "kill", false, "kill all processes in the grants' user namespaces")
+	return command
 }
 
 // each does something with each grant, also after errors, which are reported.

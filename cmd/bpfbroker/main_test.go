@@ -218,6 +218,9 @@ func answers(r request) any {
 		if r.Parameters["grant"] != "0123456789abcdef" {
 			return refusal{"NoSuchGrant", "cannot revoke it: no such grant", "request", "see \"bpfbroker list\""}
 		}
+		if r.Parameters["kill"] == true {
+			return map[string]any{"notReached": []string{"1 process that did not end"}}
+		}
 		return map[string]any{"notReached": []string{"tokens that were already created"}}
 	case "Check":
 		return map[string]any{"findings": []any{

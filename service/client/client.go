@@ -218,13 +218,19 @@ func (c *Client) RenewGrant(ctx context.Context, id string) (*Grant, error) {
 }
 
 // RevokeGrant ends a grant of the user's own, or another's if polkit allows
-// that, and returns, in phrases for people, what that did not reach. An *Error
-// NoSuchGrant says that there is no such grant.
-func (c *Client) RevokeGrant(ctx context.Context, id string) (notReached []string, err error) {
+// that, and returns, in phrases for people, what that did not reach. If kill is
+// set, all processes in the grant's user namespace and in those below it are
+// killed; this one, too, if it is there. An *Error NoSuchGrant says that there
+// is no such grant.
+func (c *Client) RevokeGrant(ctx context.Context, id string, kill bool) (notReached []string, err error) {
+	in := struct {
+		grantParameters
+		Kill bool `json:"kill,omitempty"`
+	}{grantParameters{id, c.interaction()}, kill}
 	var out struct {
 		NotReached []string `json:"notReached"`
 	}
-	err = c.call(ctx, "RevokeGrant", grantParameters{id, c.interaction()}, &out)
+	err = c.call(ctx, "RevokeGrant", in, &out)
 	return out.NotReached, err
 }
 

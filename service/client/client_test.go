@@ -68,8 +68,8 @@ func TestMethods(t *testing.T) {
 			[]Grant{wantGrant},
 		},
 		{
-			"RevokeGrant", `{"grant":"0123456789abcdef"}`, `{"notReached":["a"]}`,
-			func(ctx context.Context, c *Client) (any, error) { return c.RevokeGrant(ctx, "0123456789abcdef") },
+			"RevokeGrant", `{"grant":"0123456789abcdef","kill":true}`, `{"notReached":["a"]}`,
+			func(ctx context.Context, c *Client) (any, error) { return c.RevokeGrant(ctx, "0123456789abcdef", true) },
 			[]string{"a"},
 		},
 		{

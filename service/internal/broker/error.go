@@ -12,6 +12,7 @@ import (
 	"github.com/bpfbroker/bpfbroker/service/internal/config"
 	"github.com/bpfbroker/bpfbroker/service/internal/delegate"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
+	"github.com/bpfbroker/bpfbroker/service/internal/guard"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
 	"github.com/bpfbroker/bpfbroker/service/internal/profile"
 )
@@ -57,6 +58,7 @@ var refusals = []struct {
 	{kernel.ErrNotSupported, "KernelNotSupported", "kernel", "use Linux 6.11 or newer, with CONFIG_BPF_SYSCALL"},
 	{grant.ErrQuotaUser, "QuotaExceeded", "limit", "revoke grants that are no longer needed"},
 	{grant.ErrQuotaTotal, "QuotaExceeded", "limit", "try again when other users' grants have ended"},
+	{guard.ErrTooMany, "QuotaExceeded", "limit", "end what holds tokens, programs and maps of grants that have ended"},
 	{grant.ErrNotFound, "NoSuchGrant", "request", "see \"bpfbroker list\""},
 	{catalog.ErrNoSuchObject, "NoSuchObject", "object", "see \"bpfbroker objects\""},
 	{catalog.ErrNoSuchMap, "NoSuchMap", "object", "see \"bpfbroker object show\""},

@@ -6,11 +6,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
-	"github.com/bpfbroker/bpfbroker/service/internal/journal"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
 	"github.com/bpfbroker/bpfbroker/service/internal/profile"
 )
@@ -70,36 +68,6 @@ func (b *Broker) renew(ctx context.Context, c Caller, id string) (grant.Grant, e
 	}
 	b.rebind(g, a.profile)
 	return g, nil
-}
-
-// RevokeGrant ends a grant. It returns what that could not reach: phrases for
-// people.
-func (b *Broker) RevokeGrant(ctx context.Context, c Caller, id string) (notReached []string, err error) {
-	g, err := b.manageable(ctx, c, id)
-	if err != nil {
-		return nil, Refuse(fmt.Errorf("cannot revoke %.64q: %w", id, err))
-	}
-	err = b.ledger.End(g.ID, grant.Revoked)
-	if errors.Is(err, grant.ErrNotFound) {
-		return nil, Refuse(fmt.Errorf("cannot revoke %.64q: %w", id, err))
-	}
-	attrs := append(grantAttrs(g), slog.Uint64(journal.KeyBy, uint64(c.UID)))
-	if err != nil {
-		attrs = append(attrs, slog.String(journal.KeyReason, err.Error()))
-	}
-	journal.GrantRevoked.Log(ctx, attrs...)
-	if err != nil && !errors.Is(err, kernel.ErrProcessGone) {
-		notReached = append(notReached, err.Error())
-	}
-	if !g.Guarded {
-		notReached = append(notReached,
-			"tokens that were already created, until the last process and program that hold them end",
-			"programs, maps and links that were already made")
-		if g.Path == "" {
-			notReached = append(notReached, "the BPF file system that was handed out, until its last user ends")
-		}
-	}
-	return notReached, nil
 }
 
 // manageable returns a live grant that is the caller's own, or anybody's if the

@@ -137,11 +137,12 @@ func (b *Broker) lostByGuard() func(grant.Grant) bool {
 // alone: the kernel frees programs and tokens some time after their last holder.
 const sweepTime = 10 * time.Second
 
-// sweepGuard has the guard forget the grants that have ended, once nothing of
-// them is left, and revokes those that the ledger doesn't have.
+// sweepGuard detaches what the grants that have ended left attached, and has the
+// guard forget them once nothing of them is left. It revokes those that the ledger
+// doesn't have.
 func (b *Broker) sweepGuard(ctx context.Context) {
 	for {
-		left, err := b.sweepOnce()
+		left, err := b.sweepOnce(ctx)
 		if err != nil {
 			slog.Error("cannot clear the guard of ended grants", "error", err)
 		}
@@ -158,7 +159,7 @@ func (b *Broker) sweepGuard(ctx context.Context) {
 	}
 }
 
-func (b *Broker) sweepOnce() (left int, err error) {
+func (b *Broker) sweepOnce(ctx context.Context) (left int, err error) {
 	known, err := b.guard.Grants()
 	if err != nil {
 		return 0, err
@@ -173,6 +174,14 @@ func (b *Broker) sweepOnce() (left int, err error) {
 		return 0, nil
 	}
 	ids, err := b.guard.Release(ended...)
+	if err != nil || len(ids) == 0 {
+		return len(ids), err
+	}
+	// Nothing is attached by them any more. What was about to be, when they ended,
+	// is found the next time.
+	ctx, stop := context.WithTimeout(ctx, detachTime)
+	defer stop()
+	_, err = b.guard.Detach(ctx, ids...)
 	return len(ids), err
 }
 

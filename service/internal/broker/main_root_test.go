@@ -37,7 +37,7 @@ const (
 func TestMain(m *testing.M) {
 	testtarget.OwnMounts()
 	slog.SetDefault(slog.New(slog.DiscardHandler)) // but see logged
-	testtarget.Main(m, nil, func() error { return kernel.StartHelpers(func() { panic("no helpers any more") }) })
+	testtarget.Main(m, ops, func() error { return kernel.StartHelpers(func() { panic("no helpers any more") }) })
 }
 
 // files are the profiles of the tests.
@@ -46,6 +46,7 @@ var files = map[string]string{
 	"leased":   "[Profile]\nLease=1h\nGuard=optional\n[Delegate]\nCommands=map_create\nMaps=hash\n",
 	"guarded":  "[Profile]\nLease=1h\n[Delegate]\nCommands=map_create\nMaps=hash\n",
 	"held":     "[Delegate]\nCommands=map_create prog_load\nMaps=hash\nPrograms=socket_filter\n[Guard]\nCapabilities=CAP_BPF\n",
+	"reaching": "[Profile]\nLease=1h\n[Delegate]\nCommands=any\nMaps=any\nPrograms=any\nAttachments=any\n[Attach]\nInterfaces=own\nCgroups=any\nProcesses=any\n",
 	"any":      "[Delegate]\nCommands=any\nMaps=any\nPrograms=any\nAttachments=any\n",
 	"misspelt": "[Profile]\nLeese=1h\n[Delegate]\nCommands=map_create\n",
 }
@@ -219,5 +220,5 @@ func (f *fake) list(c Caller) []grant.Grant {
 }
 
 func (f *fake) revoke(c Caller, id string) ([]string, error) {
-	return f.RevokeGrant(f.t.Context(), c, id)
+	return f.RevokeGrant(f.t.Context(), c, id, false)
 }

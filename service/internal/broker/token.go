@@ -82,6 +82,7 @@ func (b *Broker) grantToken(ctx context.Context, c Caller, profileName string, p
 		Unit:         a.unit.Name(),
 		PID:          process.PID,
 		Inode:        process.Inode,
+		Namespace:    a.target.Namespace,
 		Path:         path,
 		Capabilities: p.AmbientCapabilities(),
 		Guarded:      b.guarded(),

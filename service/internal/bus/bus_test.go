@@ -341,12 +341,15 @@ func (b *fakeBroker) RenewGrant(ctx context.Context, c broker.Caller, id string)
 	return g, err
 }
 
-func (b *fakeBroker) RevokeGrant(ctx context.Context, c broker.Caller, id string) ([]string, error) {
+func (b *fakeBroker) RevokeGrant(ctx context.Context, c broker.Caller, id string, kill bool) ([]string, error) {
 	g, err := b.GetGrant(ctx, c, id)
 	if err != nil {
 		return nil, err
 	}
 	b.end(g.ID, grant.Revoked)
+	if kill {
+		return nil, nil
+	}
 	return []string{"links"}, nil
 }
 

@@ -74,7 +74,7 @@ type Broker interface {
 	ListGrants(ctx context.Context, c broker.Caller, all bool) ([]*grant.Grant, error)
 	GetGrant(ctx context.Context, c broker.Caller, id string) (grant.Grant, error)
 	RenewGrant(ctx context.Context, c broker.Caller, id string) (grant.Grant, error)
-	RevokeGrant(ctx context.Context, c broker.Caller, id string) (notReached []string, err error)
+	RevokeGrant(ctx context.Context, c broker.Caller, id string, kill bool) (notReached []string, err error)
 	// Watch lets the front hear of each grant. That may take seconds, when the bus
 	// is slow.
 	Watch(broker.Watcher)

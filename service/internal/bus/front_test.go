@@ -409,6 +409,36 @@ func TestOthersGrants(t *testing.T) {
 	}
 }
 
+// An option says whether the holders end, too.
+func TestRevokeKill(t *testing.T) {
+	f := newFixture(t)
+	c := f.connectAs(t, 1001)
+	for _, test := range []struct {
+		options map[string]dbus.Variant
+		want    []string
+		err     string
+	}{
+		{noOptions, []string{"links"}, ""},
+		{map[string]dbus.Variant{"kill": dbus.MakeVariant(false)}, []string{"links"}, ""},
+		{map[string]dbus.Variant{"kill": dbus.MakeVariant(true)}, []string{}, ""},
+		{map[string]dbus.Variant{"kill": dbus.MakeVariant("yes")}, nil, "InvalidArgs"},
+		{map[string]dbus.Variant{"force": dbus.MakeVariant(true)}, nil, "InvalidArgs"},
+	} {
+		var path dbus.ObjectPath
+		if err := c.manager("MountToken", "network", uint32(os.Getpid()), "/sys/fs/bpf", noOptions).Store(&path); err != nil {
+			t.Fatal(err)
+		}
+		call := c.call(string(path), grantInterface+".Revoke", test.options)
+		var got []string
+		if call.Err == nil {
+			_ = call.Store(&got)
+		}
+		if diff := cmp.Diff(test.want, got); diff != "" || errorOf(call) != test.err {
+			t.Errorf("%v: error %q, %s", test.options, errorOf(call), diff)
+		}
+	}
+}
+
 // Signals go to the owner's connections that asked for them, and to nobody else
 // however hard they listen.
 func TestSignals(t *testing.T) {

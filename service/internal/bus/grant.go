@@ -39,14 +39,15 @@ func (f *Front) grantHandlers() map[string]handler {
 		},
 
 		"Revoke": func(ctx context.Context, r *request) ([]any, error) {
-			if err := r.decodeOptions(nil); err != nil {
+			var kill bool
+			if err := r.decodeOptions(map[string]any{"kill": &kill}); err != nil {
 				return nil, err
 			}
 			c, err := r.caller()
 			if err != nil {
 				return nil, err
 			}
-			notReached, err := f.Broker.RevokeGrant(ctx, c, r.grantID())
+			notReached, err := f.Broker.RevokeGrant(ctx, c, r.grantID(), kill)
 			if err != nil {
 				return nil, err
 			}

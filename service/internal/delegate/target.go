@@ -30,6 +30,8 @@ type Target struct {
 	namespaces *kernel.Namespaces
 	// Owner is the uid that owns the user namespace.
 	Owner uint32
+	// Namespace is its number (kernel.Relation).
+	Namespace uint64
 }
 
 // NewTarget takes hold of a process's namespaces and checks what the kernel
@@ -53,7 +55,7 @@ func NewTarget(process *kernel.Process) (*Target, error) {
 		namespaces.Close()
 		return nil, err
 	}
-	return &Target{Process: process, namespaces: namespaces, Owner: r.Owner}, nil
+	return &Target{Process: process, namespaces: namespaces, Owner: r.Owner, Namespace: r.Inode}, nil
 }
 
 // Recheck asks whether the process is alive and still in the namespaces that

@@ -62,6 +62,8 @@ type Grant struct {
 	// (kernel.Process); it ends with that process.
 	PID   int    `json:"process"`
 	Inode uint64 `json:"inode"`
+	// Namespace is the number of the target's user namespace.
+	Namespace uint64 `json:"namespace"`
 	// Path is where the BPF file system is mounted in the target, and Mount
 	// the mount's number; "" and 0 if the peer got it detached.
 	Path  string `json:"path,omitempty"`

@@ -35,6 +35,9 @@ type Usage struct {
 	Lost int
 }
 
+// Empty says whether nothing exists.
+func (u Usage) Empty() bool { return u.Programs == 0 && u.Maps == 0 && u.Tokens == 0 }
+
 // Grant is a grant that the guard knows.
 type Grant struct {
 	ID    uint64
@@ -44,6 +47,13 @@ type Grant struct {
 	Deadline kernel.BootTime
 	Usage    Usage
 }
+
+// MaxPerOwner is how many grants an owner can have in the guard at once, revoked
+// ones of which something is left included.
+const MaxPerOwner = 4096
+
+// ErrTooMany means that an owner has MaxPerOwner grants.
+var ErrTooMany = fmt.Errorf("cannot have more than %d grants of which something is left", MaxPerOwner)
 
 // ErrUnknown means that the guard has no such grant, or has revoked it.
 var ErrUnknown = errors.New("the guard knows of no such grant")
@@ -58,7 +68,7 @@ const (
 )
 
 // Bind holds all tokens of a BPF file system to limits, as the grant id, which
-// must be new. It has to come before anybody gets the file system: tokens that
+// must be new, or says ErrTooMany. It has to come before anybody gets the file system: tokens that
 // exist already are nobody's. root is a descriptor of its root directory, a
 // detached mount's O_PATH descriptor for one, and stays the caller's.
 func (g *Guard) Bind(id uint64, root *os.File, l Limits) (err error) {
@@ -68,6 +78,9 @@ func (g *Guard) Bind(id uint64, root *os.File, l Limits) (err error) {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if len(g.owners[l.Owner]) >= MaxPerOwner {
+		return ErrTooMany
+	}
 	if err := g.maps.Usages.Update(id, bpf.GuardUsage{}, ebpf.UpdateNoExist); err != nil {
 		return fmt.Errorf("cannot bind grant %d: %w", id, err)
 	}

@@ -29,6 +29,7 @@ const (
 	KeyReason  = "reason"  // why, as the peer was told
 	KeyPath    = "path"    // where objects are mounted
 	KeyBy      = "by"      // the uid that revoked
+	KeyKill    = "kill"    // whether the revocation also killed: true or false
 	KeyLimit   = "limit"   // the limit's name
 	KeySetting = "setting" // the setting of the profile that refused it, or empty
 	KeyUID     = "uid"     // the uid of a process that the guard saw

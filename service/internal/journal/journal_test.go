@@ -243,7 +243,7 @@ func TestCatalog(t *testing.T) {
 	}
 
 	var keys []string
-	for _, key := range []string{KeyGrant, KeyProfile, KeyTier, KeyOwner, KeyProcess, KeyUnit, KeyTarget, KeyLayer, KeyReason, KeyBy, KeyLimit, KeyNotEnforced, KeyGrants, KeyUID, KeyCommand, KeyProgram, KeyTag, KeySetting,
+	for _, key := range []string{KeyGrant, KeyProfile, KeyTier, KeyOwner, KeyProcess, KeyUnit, KeyTarget, KeyLayer, KeyReason, KeyBy, KeyKill, KeyLimit, KeyNotEnforced, KeyGrants, KeyUID, KeyCommand, KeyProgram, KeyTag, KeySetting,
 		KeyObject, KeyFile, KeyMap, KeyAccess, KeyPath} {
 		keys = append(keys, fieldName(key))
 	}

@@ -157,11 +157,15 @@ func handlers(b *broker.Broker) map[string]handler {
 		"RenewGrant": oneGrant(b.RenewGrant),
 
 		"RevokeGrant": func(ctx context.Context, p *peer.Peer, call *Call) (*Reply, error) {
-			var in grantParameters
+			var in struct {
+				Grant       string `json:"grant"`
+				Kill        bool   `json:"kill,omitempty"`
+				Interactive bool   `json:"allowInteractiveAuthentication,omitempty"`
+			}
 			if err := call.Decode(&in); err != nil {
 				return nil, err
 			}
-			notReached, err := b.RevokeGrant(ctx, broker.Caller{Peer: p, Interactive: in.Interactive}, in.Grant)
+			notReached, err := b.RevokeGrant(ctx, broker.Caller{Peer: p, Interactive: in.Interactive}, in.Grant, in.Kill)
 			if err != nil {
 				return nil, refusal(err)
 			}
