@@ -102,6 +102,7 @@ generate:
 check-generate:
 	out=$$(mktemp -d) && BPF_OUT=$$out $(GO) generate ./bpf && diff $$out/guard_bpfel.go bpf && diff $$out/guard_bpfel.o bpf && rm -r $$out
 
+# The guard stays in the kernel: see README.
 uninstall:
 	rm -f $(DESTDIR)$(BINDIR)/bpfbroker $(DESTDIR)$(LIBEXECDIR)/bpfbrokerd $(DESTDIR)$(LIBEXECDIR)/bpfbroker-export
 	rm -f $(DESTDIR)$(UNITDIR)/bpfbroker.socket $(DESTDIR)$(UNITDIR)/bpfbroker.service $(DESTDIR)$(UNITDIR)/bpfbroker-cdi.service $(DESTDIR)$(HOOKDIR)/bpfbroker.json

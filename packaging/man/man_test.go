@@ -162,6 +162,15 @@ func TestLimits(t *testing.T) {
 		"Length of a value in the journal":    `journal/journal.go maxValue += (\d+)`,
 		"Length of a detail for polkit":       `authority/details.go maxDetail = (\d+)`,
 		"Time without connections and grants": `../service.go idleTime = (\d+) \* time.Second`,
+		"Programs of a user's grants":         `../../bpf/guard.bpf.c user_programs = (\d+)`,
+		"Maps of a user's grants":             `../../bpf/guard.bpf.c user_maps = (\d+)`,
+		"Memory of the maps of a user":        `../../bpf/guard.bpf.c user_map_bytes = (\d+)ULL << 30`,
+		"Tokens of a user's grants":           `../../bpf/guard.bpf.c user_tokens = (\d+)`,
+		"Tokens of a grant":                   `../../bpf/guard.bpf.c grant_tokens = (\d+)`,
+		"Grants that left something":          `guard/grant.go MaxPerOwner = (\d+)`,
+		"Kernel functions of a profile":       `../../bpf/guard.bpf.c MAX_KFUNCS = (\d+)`,
+		"The guard's records about a user":    `../../bpf/guard.bpf.c user_events = (\d+)`,
+		"Time for killing a grant's holders":  `broker/revoke.go killTime = (\d+) \* time.Second`,
 	}
 	for name, source := range sources {
 		checkLimit(t, name, manual[name], source)

@@ -66,7 +66,7 @@ var ops = map[string]testtarget.Op{
 			return nil, err
 		}
 		defer dir.Close()
-		return nil, link.RawAttachProgram(link.RawAttachProgramOptions{Target: int(dir.Fd()), Program: p, Attach: ebpf.AttachCGroupInetEgress})
+		return nil, link.RawAttachProgram(link.RawAttachProgramOptions{Target: int(dir.Fd()), Program: p, Attach: ebpf.AttachCGroupInetEgress, Flags: unix.BPF_F_ALLOW_MULTI})
 	}),
 	"raw": attaching(ebpf.RawTracepoint, ebpf.AttachNone, func(p *ebpf.Program, to string) (any, error) {
 		return link.AttachRawTracepoint(link.RawTracepointOptions{Name: to, Program: p})

@@ -103,9 +103,24 @@ func forgottenSoon(t *testing.T, f *fake) {
 	t.Errorf("the guard has %+v, %v", known, err)
 }
 
-func TestRevokeDetaches(t *testing.T) {
+// All are one test, because it takes its time to load the guard.
+func TestGuardedRevocation(t *testing.T) {
 	testtarget.NoLeaks(t)
 	f := newGuarded(t)
+	for name, test := range map[string]func(*testing.T, *fake){
+		"detaches": revokeDetaches, "pinned": revokePinned, "kills": revokeKills,
+		"other ends": endsDetach, "held outside": revokeHeldOutside, "many": manyGuarded,
+	} {
+		t.Run(name, func(t *testing.T) {
+			f.t = t
+			test(t, f)
+			forgottenSoon(t, f)
+		})
+	}
+	f.t = t
+}
+
+func revokeDetaches(t *testing.T, f *fake) {
 	p, c, g, cgroup := f.reaching(t)
 	attachEverything(p, cgroup)
 	want := map[link.Type]int{link.XDPType: 1, link.CgroupType: 1, link.RawTracepointType: 1}
@@ -128,7 +143,6 @@ func TestRevokeDetaches(t *testing.T) {
 		t.Error("the process is dead")
 	}
 	p.Kill()
-	forgottenSoon(t, f)
 }
 
 func equal(a, b map[link.Type]int) bool {
@@ -140,10 +154,8 @@ func equal(a, b map[link.Type]int) bool {
 	return len(a) == len(b)
 }
 
-// A program that is pinned in the file system that was granted goes with it.
-func TestRevokePinned(t *testing.T) {
-	testtarget.NoLeaks(t)
-	f := newGuarded(t)
+// What is pinned and can't be detached is told of, and goes with its file system.
+func revokePinned(t *testing.T, f *fake) {
 	p, c, g, _ := f.reaching(t)
 	p.Must("raw", "sys_enter")
 	p.Must("pin", "/mnt/raw")
@@ -151,15 +163,18 @@ func TestRevokePinned(t *testing.T) {
 	if got := attachedLinks(t); len(got) != 1 {
 		t.Fatalf("attached are %v", got)
 	}
-	if _, err := f.revoke(c, g.ID.String()); err != nil {
+	notReached, err := f.revoke(c, g.ID.String())
+	if err != nil {
 		t.Fatal(err)
 	}
+	if len(attachedLinks(t)) > 0 && (len(notReached) != 2 || !strings.Contains(notReached[0], "raw tracepoint")) {
+		t.Errorf("not reached: %q", notReached)
+	}
+	p.Kill()
 	testtarget.Eventually(t, "the pin goes", func() bool { return len(attachedLinks(t)) == 0 })
 }
 
-func TestRevokeKills(t *testing.T) {
-	testtarget.NoLeaks(t)
-	f := newGuarded(t)
+func revokeKills(t *testing.T, f *fake) {
 	p, c, g, cgroup := f.reaching(t)
 	attachEverything(p, cgroup)
 	child := p.Start(testtarget.Attr{})
@@ -174,13 +189,10 @@ func TestRevokeKills(t *testing.T) {
 	if alive(p) || alive(child) {
 		t.Error("the holders live")
 	}
-	forgottenSoon(t, f)
 }
 
 // Any end detaches, that of the grant's process, too: others may hold its links.
-func TestEndsDetach(t *testing.T) {
-	testtarget.NoLeaks(t)
-	f := newGuarded(t)
+func endsDetach(t *testing.T, f *fake) {
 	f.change("reaching", strings.Replace(files["reaching"], "1h", "2s", 1))
 	p, _, _, cgroup := f.reaching(t)
 	p.Must("cgroup", cgroup)
@@ -204,13 +216,12 @@ func TestEndsDetach(t *testing.T) {
 	if !alive(p) {
 		t.Error("the other process is dead")
 	}
+	p.Kill()
 }
 
 // Whoever holds what an ended grant had is told of, where that isn't a process of
 // the namespace.
-func TestRevokeHeldOutside(t *testing.T) {
-	testtarget.NoLeaks(t)
-	f := newGuarded(t)
+func revokeHeldOutside(t *testing.T, f *fake) {
 	p, c, g, _ := f.reaching(t)
 	_, got, err := p.Do("give", nil)
 	if err != nil || len(got) != 1 {
@@ -221,14 +232,11 @@ func TestRevokeHeldOutside(t *testing.T) {
 		t.Errorf("not reached: %q, %v", notReached, err)
 	}
 	_ = got[0].Close()
-	forgottenSoon(t, f)
 }
 
 // Many grants, ended in all ways, leave nothing; nor is there a bound that the
 // ended ones fill up.
-func TestManyGuarded(t *testing.T) {
-	testtarget.NoLeaks(t)
-	f := newGuarded(t)
+func manyGuarded(t *testing.T, f *fake) {
 	p := testtarget.New(t, alice)
 	c := caller(t, alice, p)
 	start := time.Now()
