@@ -145,7 +145,7 @@ func runSuite(t *testing.T, kernel, pkg string) {
 	output, code, err := machines.RunInKernel(t.Context(), image, map[string]string{
 		"/suite":                  suite,
 		"/usr/libexec/bpfbrokerd": daemon,
-	}, []string{"/suite", "-test.v", "-test.timeout=100s"}, []string{"CI=true"})
+	}, []string{"/suite", "-test.v", "-test.timeout=300s"}, []string{"CI=true"})
 	if err == nil && code != 0 {
 		err = fmt.Errorf("exit code %d", code)
 	}
