@@ -6,6 +6,7 @@
 package kernels
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -142,7 +143,9 @@ func runSuite(t *testing.T, kernel, pkg string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	output, code, err := machines.RunInKernel(t.Context(), image, map[string]string{
+	ctx, stop := context.WithTimeout(t.Context(), 6*time.Minute)
+	defer stop()
+	output, code, err := machines.RunInKernel(ctx, image, map[string]string{
 		"/suite":                  suite,
 		"/usr/libexec/bpfbrokerd": daemon,
 	}, []string{"/suite", "-test.v", "-test.timeout=300s"}, []string{"CI=true"})
