@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -285,8 +287,20 @@ func TestScripts(t *testing.T) {
 			env.Setenv("TZ", "UTC")
 			return nil
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"status": status},
+		Cmds:      map[string]func(*testscript.TestScript, bool, []string){"status": status},
+		Condition: builtWith,
 	})
+}
+
+// builtWith says whether the program was built with a tag.
+func builtWith(tag string) (bool, error) {
+	info, _ := debug.ReadBuildInfo()
+	for _, s := range info.Settings {
+		if s.Key == "-tags" {
+			return slices.Contains(strings.Split(s.Value, ","), tag), nil
+		}
+	}
+	return false, nil
 }
 
 // status is the script command "status N PROGRAM ARGUMENT…": PROGRAM exits with N.
