@@ -5,6 +5,7 @@ package client
 import (
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
@@ -51,6 +52,24 @@ func restriction() (cause, remedy string) {
 			"have the administrator load an AppArmor profile with the userns permission for this program"
 	}
 	return "", ""
+}
+
+// ExplainLocal returns what the kernel refuses to everybody without privileges,
+// whatever their profiles.
+func ExplainLocal() []Withheld {
+	var all []Withheld
+	if value := sysctl("kernel/unprivileged_bpf_disabled"); value != "0" && value != "" {
+		all = append(all, Withheld{Layer: "sysctl", Setting: "kernel.unprivileged_bpf_disabled=" + value,
+			Names: []string{"bpf(2) of programs that do not use the token"}})
+	}
+	if value := sysctl("kernel/perf_event_paranoid"); value != "" {
+		names := []string{"perf_event_open(2) for kprobes"}
+		if level, err := strconv.Atoi(value); err == nil && level >= 3 {
+			names = []string{"perf_event_open(2): kprobe, tracepoint and perf_event programs are attached by that"}
+		}
+		all = append(all, Withheld{Layer: "sysctl", Setting: "kernel.perf_event_paranoid=" + value, Names: names})
+	}
+	return all
 }
 
 func sysctl(name string) string { return readLine(filepath.Join("/proc/sys", name)) }

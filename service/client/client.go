@@ -217,6 +217,22 @@ func (c *Client) RenewGrant(ctx context.Context, id string) (*Grant, error) {
 	return out.Grant, err
 }
 
+// ExplainGrant says what was refused to a grant of the user's own, or another's if
+// polkit allows that, and what it hasn't got. The grant may have ended. If id is ""
+// it is about everything that was refused to the user. The broker remembers the
+// last denials, while it runs. See ExplainLocal for what the system refuses.
+func (c *Client) ExplainGrant(ctx context.Context, id string) (*Explanation, error) {
+	in := struct {
+		Grant string `json:"grant,omitempty"`
+		interaction
+	}{id, c.interaction()}
+	var out Explanation
+	if err := c.call(ctx, "ExplainGrant", in, &out); err != nil {
+		return nil, err
+	}
+	return &out, nil
+}
+
 // RevokeGrant ends a grant of the user's own, or another's if polkit allows
 // that, and returns, in phrases for people, what that did not reach. If kill is
 // set, all processes in the grant's user namespace and in those below it are
@@ -302,18 +318,9 @@ func (c *Client) callForFiles(ctx context.Context, method string, in, out any, f
 // fails or the context ends.
 func (c *Client) exchange(ctx context.Context, request wire.Request, files []*os.File) (data []byte, received []*os.File, err error) {
 	if c.conn == nil {
-		var dialer net.Dialer
-		conn, err := dialer.DialContext(ctx, "unix", c.socket)
-		if ctx.Err() != nil {
-			if err == nil {
-				_ = conn.Close()
-			}
-			return nil, nil, canceled(ctx)
+		if c.conn, err = c.dial(ctx); err != nil {
+			return nil, nil, err
 		}
-		if err != nil {
-			return nil, nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
-		}
-		c.conn = wire.NewConn(conn.(*net.UnixConn), replyLimits)
 	}
 	conn := c.conn
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
@@ -334,6 +341,21 @@ func (c *Client) exchange(ctx context.Context, request wire.Request, files []*os
 		err = fmt.Errorf("no answer from the broker: %w", err)
 	}
 	return data, received, err
+}
+
+func (c *Client) dial(ctx context.Context) (*wire.Conn, error) {
+	var dialer net.Dialer
+	conn, err := dialer.DialContext(ctx, "unix", c.socket)
+	if ctx.Err() != nil {
+		if err == nil {
+			_ = conn.Close()
+		}
+		return nil, canceled(ctx)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
+	}
+	return wire.NewConn(conn.(*net.UnixConn), replyLimits), nil
 }
 
 func canceled(ctx context.Context) error {

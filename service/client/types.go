@@ -154,6 +154,75 @@ const (
 	Consume Access = "consume"
 )
 
+// Event is something that happened to grants. What doesn't belong to its kind is
+// empty.
+type Event struct {
+	// Time is in microseconds since 1970.
+	Time int64 `json:"time"`
+	// Kind is "made", "leased" (the lease is another one than before), "ended",
+	// "refused" (no grant was made), "loaded" (a program), "denied" (by the
+	// guard), or "lost" (events that can't be told). A newer broker may have more.
+	Kind string `json:"kind"`
+	// Owner is the uid whose event it is.
+	Owner uint32 `json:"owner"`
+	// Grant is "" where there is none, or where the kernel can't tell.
+	Grant   string `json:"grant,omitempty"`
+	Profile string `json:"profile,omitempty"`
+	// Expires is when the lease ends, in microseconds since 1970; 0 is never.
+	Expires int64 `json:"expires,omitempty"`
+	// Process is a pid in the broker's pid namespace; of what the guard saw, UID
+	// and Command are the process's. The command name is anything that the
+	// process likes.
+	Process int    `json:"process,omitempty"`
+	UID     uint32 `json:"uid,omitempty"`
+	Command string `json:"command,omitempty"`
+	// Program is a BPF program's type, name and length, Tag that of its
+	// instructions.
+	Program string `json:"program,omitempty"`
+	Tag     string `json:"tag,omitempty"`
+	// Reason is why a grant ended, or what was refused; Layer is what refused,
+	// and Setting the setting of the profile, "" if none did.
+	Reason  string `json:"reason,omitempty"`
+	Layer   string `json:"layer,omitempty"`
+	Setting string `json:"setting,omitempty"`
+	// Lost is how many events were lost.
+	Lost int `json:"lost,omitempty"`
+}
+
+// Explanation is why something doesn't work.
+type Explanation struct {
+	// Profile is the grant's, "" if it isn't about one grant.
+	Profile string `json:"profile,omitempty"`
+	// Ended says that the grant has ended.
+	Ended bool `json:"ended,omitempty"`
+	// Denials are the last ones that the broker remembers, the last one last.
+	Denials []Denial `json:"denials"`
+	// Withheld is what the grant hasn't got: the kernel refuses it, and nobody
+	// hears of it.
+	Withheld []Withheld `json:"withheld"`
+}
+
+// Denial is something that was refused.
+type Denial struct {
+	// Event is what happened, the last time.
+	Event Event `json:"event"`
+	// Allow is the line of the profile that would allow it, or what else would; ""
+	// if nothing would.
+	Allow string `json:"allow,omitempty"`
+	// Count is how often it happened.
+	Count int `json:"count"`
+}
+
+// Withheld is what a setting doesn't give.
+type Withheld struct {
+	// Layer is what refuses it: "token mask", "namespace capability" or "sysctl".
+	Layer string `json:"layer"`
+	// Setting is the profile's, or the kernel's with its value.
+	Setting string `json:"setting"`
+	// Names are what the setting would have to name, or what it refuses.
+	Names []string `json:"names"`
+}
+
 // Finding says whether something works here, for the user.
 type Finding struct {
 	// Subject is what it is about. "profile NAME" is about getting a profile.

@@ -13,6 +13,9 @@ type Access struct {
 	Actions []authority.Action
 	// Details are the keys of what polkit is told.
 	Details []string
+	// Streams says that there are many answers, which only the socket can give:
+	// the bus has no such method.
+	Streams bool
 	// Files is how many file descriptors may come in, on the socket alone.
 	Files int
 }
@@ -26,6 +29,8 @@ var Methods = map[string]Access{
 	"RenewGrant":      {Actions: append(manageActions, tokenActions...), Details: tokenDetails},
 	"RevokeGrant":     {Actions: manageActions},
 	"Check":           {},
+	"ExplainGrant":    {Actions: manageActions},
+	"Monitor":         {Actions: manageActions, Streams: true},
 	"AcquireToken":    {Actions: tokenActions, Details: tokenDetails},
 	"ListObjects":     {},
 	"DescribeObject":  {},

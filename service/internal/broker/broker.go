@@ -33,6 +33,8 @@ type Broker struct {
 	ledger    *grant.Ledger
 	refusals  refusalLog
 	watchers  watchers
+	monitors  monitors
+	history   history
 	profiles  atomic.Pointer[profile.Set]
 	guard     *guarding
 	objects   *catalog.Catalog
@@ -42,10 +44,13 @@ type Broker struct {
 // caller closes it. The broker takes over the guard, or nil, and says why there is
 // none.
 func New(a Authority, profiles *profile.Set, dir string, g *guard.Guard, noGuard error) (*Broker, error) {
-	b := &Broker{authority: a, guard: &guarding{Guard: g, why: noGuard, sweep: make(chan struct{}, 1)}}
+	b := &Broker{authority: a, guard: &guarding{Guard: g, why: noGuard, sweep: make(chan struct{}, 1), stirred: make(chan struct{}, 1)}}
 	var err error
 	if b.ledger, err = grant.Open(dir, b.undo, b.ended); err != nil {
 		return nil, err
+	}
+	for _, g := range b.ledger.List(func(*grant.Grant) bool { return true }) {
+		b.history.made(*g)
 	}
 	b.watchGuard()
 	b.SetProfiles(profiles)
@@ -111,7 +116,11 @@ func (b *Broker) undo(g grant.Grant, namespaces *kernel.Namespaces) error {
 // ended writes into the journal that a grant is over; who revokes one writes
 // that down with a name.
 func (b *Broker) ended(g grant.Grant, reason grant.Reason, err error) {
+	b.history.end(g.ID)
 	b.watchers.tell(func(w Watcher) { w.Ended(g, reason) })
+	event := grantEvent(KindEnded, g)
+	event.Reason = string(reason)
+	b.monitors.tell(event)
 	if reason == grant.Revoked {
 		return
 	}

@@ -44,7 +44,7 @@ func (b *Broker) RenewGrant(ctx context.Context, c Caller, id string) (grant.Gra
 	if err != nil {
 		return g, Refuse(err)
 	}
-	b.watchers.tell(func(w Watcher) { w.Leased(g) })
+	b.leased(g)
 	return g, nil
 }
 

@@ -5,7 +5,6 @@ package broker
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"sync"
 	"time"
@@ -25,6 +24,7 @@ type guarding struct {
 	stop    context.CancelFunc
 	working sync.WaitGroup
 	sweep   chan struct{} // a grant has ended
+	stirred chan struct{} // there was an event
 }
 
 // watchGuard begins to hear of what the guard does, and to tell it of what has
@@ -36,6 +36,7 @@ func (b *Broker) watchGuard() {
 		return
 	}
 	b.guard.working.Go(func() { b.sweepGuard(ctx) })
+	b.guard.working.Go(func() { b.countLost(ctx) })
 	b.guard.working.Go(func() {
 		if err := b.guard.Events(ctx, b.guardSays); err != nil {
 			slog.Error("the guard's events are not in the journal", "error", err)
@@ -185,23 +186,66 @@ func (b *Broker) sweepOnce(ctx context.Context) (left int, err error) {
 	return len(ids), err
 }
 
-// guardSays writes what the guard saw into the journal.
-func (b *Broker) guardSays(e guard.Event) {
+// guardSays tells of what the guard saw: the journal, those who monitor, and later
+// those who ask why.
+func (b *Broker) guardSays(g guard.Event) {
+	select {
+	case b.guard.stirred <- struct{}{}:
+	default:
+	}
+	e := b.guardEvent(g)
+	b.monitors.tell(e)
 	attrs := []slog.Attr{
-		slog.String(journal.KeyGrant, grant.ID(e.Grant).String()),
-		slog.Uint64(journal.KeyTarget, uint64(e.Owner)),
+		slog.String(journal.KeyGrant, e.Grant.String()),
+		slog.Uint64(journal.KeyTarget, uint64(g.Owner)),
 		slog.Int(journal.KeyProcess, e.PID),
 		slog.Uint64(journal.KeyUID, uint64(e.UID)),
-		slog.String(journal.KeyCommand, e.Comm),
+		slog.String(journal.KeyCommand, e.Command),
 	}
-	if e.Instructions > 0 {
-		attrs = append(attrs,
-			slog.String(journal.KeyProgram, fmt.Sprintf("%s %q, %d instructions", profile.ProgramName(uint64(e.ProgramType)), e.Name, e.Instructions)))
+	if e.Program != "" {
+		attrs = append(attrs, slog.String(journal.KeyProgram, e.Program))
 	}
-	if e.Reason == guard.Loaded {
-		journal.ProgramLoaded.Log(context.Background(), append(attrs, slog.String(journal.KeyTag, fmt.Sprintf("%x", e.Tag)))...)
+	if e.Kind == KindLoaded {
+		journal.ProgramLoaded.Log(context.Background(), append(attrs, slog.String(journal.KeyTag, e.Tag))...)
 		return
 	}
-	what, setting := denial(e)
-	journal.GuardDenied.Log(context.Background(), append(attrs, slog.String(journal.KeyReason, what), slog.String(journal.KeySetting, setting))...)
+	b.history.deny(b.guardDenial(g, e))
+	journal.GuardDenied.Log(context.Background(), append(attrs, slog.String(journal.KeyReason, e.Reason), slog.String(journal.KeySetting, e.Setting))...)
+}
+
+// lostTime is how long after an event the guard is asked for those that it lost.
+const lostTime = time.Second
+
+// countLost tells of events that the guard had no room for. That happens to none
+// but those who cause many, so there was an event before.
+func (b *Broker) countLost(ctx context.Context) {
+	told := map[uint32]int{}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-b.guard.stirred:
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(lostTime):
+		}
+		lost, err := b.guard.Lost()
+		if err != nil {
+			slog.Error("cannot count the events that the guard lost", "error", err)
+			continue
+		}
+		for owner, n := range lost {
+			// It counts from 0 again when the user's last grant has gone.
+			if n < told[owner] {
+				told[owner] = 0
+			}
+			if more := n - told[owner]; more > 0 {
+				journal.EventsLost.Log(ctx, slog.Uint64(journal.KeyTarget, uint64(owner)), slog.Int(journal.KeyLost, more))
+				b.monitors.tell(Event{Time: time.Now(), Kind: KindLost, Owner: owner, Lost: more, Reason: "the guard saw too many of this user's"})
+			}
+		}
+		told = lost
+	}
 }

@@ -48,7 +48,7 @@ func (b *Broker) shorten(g grant.Grant, p *profile.Profile) {
 	switch {
 	case err == nil:
 		b.rebind(shortened, p)
-		b.watchers.tell(func(w Watcher) { w.Leased(shortened) })
+		b.leased(shortened)
 	case !errors.Is(err, grant.ErrNotFound): // it has ended
 		slog.Error("cannot shorten a lease", journal.KeyGrant, g.ID.String(), "error", err)
 	}

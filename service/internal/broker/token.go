@@ -57,6 +57,7 @@ func (b *Broker) grantToken(ctx context.Context, c Caller, profileName string, p
 		if err != nil {
 			refusal := Refuse(err)
 			b.refusals.log(ctx, c, journal.RequestRefused, refusal, slog.String(journal.KeyProfile, profileName))
+			b.refused(c, profileName, refusal)
 			err = refusal
 		}
 	}()
@@ -96,6 +97,7 @@ func (b *Broker) grantToken(ctx context.Context, c Caller, profileName string, p
 	if err := b.ledger.Begin(&g, process, a.target.Namespaces()); err != nil {
 		return g, err
 	}
+	b.history.made(g)
 	if err = b.bind(g, p, f); err == nil {
 		err = hand(f)
 	}
@@ -104,6 +106,7 @@ func (b *Broker) grantToken(ctx context.Context, c Caller, profileName string, p
 	}
 	if err != nil {
 		b.ledger.Abort(g.ID)
+		b.history.end(g.ID)
 		return g, err
 	}
 	// SetProfiles sees live grants alone.
@@ -113,6 +116,7 @@ func (b *Broker) grantToken(ctx context.Context, c Caller, profileName string, p
 	}
 	journal.GrantMade.Log(ctx, append(grantAttrs(g), slog.String(journal.KeyNotEnforced, strings.Join(g.NotEnforced, ", ")))...)
 	b.watchers.tell(func(w Watcher) { w.Made(g) })
+	b.monitors.tell(grantEvent(KindMade, g))
 	return g, nil
 }
 

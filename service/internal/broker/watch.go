@@ -23,6 +23,12 @@ func (b *Broker) Watch(w Watcher) {
 	b.watchers.all = append(b.watchers.all, w)
 }
 
+// leased tells of a grant that has another lease.
+func (b *Broker) leased(g grant.Grant) {
+	b.watchers.tell(func(w Watcher) { w.Leased(g) })
+	b.monitors.tell(grantEvent(KindLeased, g))
+}
+
 // watchers passes on what happens. Its zero value is ready.
 type watchers struct {
 	mu      sync.Mutex

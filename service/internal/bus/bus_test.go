@@ -332,6 +332,13 @@ func (b *fakeBroker) GetGrant(_ context.Context, c broker.Caller, id string) (gr
 	return g, nil
 }
 
+func (b *fakeBroker) ExplainGrant(context.Context, broker.Caller, string) (broker.Explanation, error) {
+	return broker.Explanation{
+		Denials:  []broker.Denial{{Event: broker.Event{Grant: 1, Command: "\xff", Program: "p"}, Allow: "a"}},
+		Withheld: []profile.Withheld{{Layer: "l", Setting: "s", Names: []string{"n"}}},
+	}, nil
+}
+
 func (b *fakeBroker) RenewGrant(ctx context.Context, c broker.Caller, id string) (grant.Grant, error) {
 	g, err := b.GetGrant(ctx, c, id)
 	if err == nil {

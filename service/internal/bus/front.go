@@ -73,6 +73,7 @@ type Broker interface {
 	// ListGrants returns the caller's grants, or those of all users.
 	ListGrants(ctx context.Context, c broker.Caller, all bool) ([]*grant.Grant, error)
 	GetGrant(ctx context.Context, c broker.Caller, id string) (grant.Grant, error)
+	ExplainGrant(ctx context.Context, c broker.Caller, id string) (broker.Explanation, error)
 	RenewGrant(ctx context.Context, c broker.Caller, id string) (grant.Grant, error)
 	RevokeGrant(ctx context.Context, c broker.Caller, id string, kill bool) (notReached []string, err error)
 	// Watch lets the front hear of each grant. That may take seconds, when the bus

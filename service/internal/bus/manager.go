@@ -141,6 +141,42 @@ func (f *Front) managerHandlers() map[string]handler {
 			return []any{grantPath(g)}, nil
 		},
 
+		"ExplainGrant": func(ctx context.Context, r *request) ([]any, error) {
+			var id string
+			if err := r.decodeOptions(nil, &id); err != nil {
+				return nil, err
+			}
+			c, err := r.caller()
+			if err != nil {
+				return nil, err
+			}
+			e, err := b.ExplainGrant(ctx, c, id)
+			if err != nil {
+				return nil, err
+			}
+			denials := []map[string]dbus.Variant{}
+			for _, d := range e.Denials {
+				values := map[string]any{
+					"Time": uint64(d.Time.UnixMicro()), "Kind": string(d.Kind), "Layer": d.Layer, "Reason": printable(d.Reason), "Count": uint32(d.Count),
+				}
+				for key, text := range map[string]string{"Profile": d.Profile, "Command": d.Command, "Program": d.Program, "Allow": d.Allow} {
+					if text != "" {
+						values[key] = printable(text)
+					}
+				}
+				if d.Grant != 0 {
+					values["Grant"] = d.Grant.String()
+				}
+				if d.PID != 0 {
+					values["Process"] = uint32(d.PID)
+				}
+				denials = append(denials, variants(values))
+			}
+			withheld := []profile.Withheld{}
+			withheld = append(withheld, e.Withheld...)
+			return []any{denials, withheld}, nil
+		},
+
 		"Check": func(ctx context.Context, r *request) ([]any, error) {
 			if err := r.decodeOptions(nil); err != nil {
 				return nil, err

@@ -117,7 +117,7 @@ func (f *Front) describe(table map[string]broker.Access) error {
 				delete(handlers[i.Name], m.Name)
 				f.methods[i.Name][m.Name] = method{m.signature("in"), handle}
 				row, ours := tableRow(i.Name, m.Name)
-				if _, ok := table[row]; ours && !ok {
+				if access, ok := table[row]; ours && (!ok || access.Streams) {
 					return fmt.Errorf("cannot serve %s.%s: it is not in the access table", i.Name, m.Name)
 				}
 				granted[row] = true
@@ -129,8 +129,8 @@ func (f *Front) describe(table map[string]broker.Access) error {
 			return fmt.Errorf("cannot serve %s.%s: it is not described", name, member)
 		}
 	}
-	for row := range table {
-		if !granted[row] {
+	for row, access := range table {
+		if !granted[row] && !access.Streams {
 			return fmt.Errorf("cannot serve the access table: %s is not described", row)
 		}
 	}

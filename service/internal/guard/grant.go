@@ -292,6 +292,22 @@ func (g *Guard) Usage(id uint64) (Usage, error) { return usageOf(g.maps.Usages, 
 // UserUsage returns what exists by all grants of an owner.
 func (g *Guard) UserUsage(owner uint32) (Usage, error) { return usageOf(g.maps.Users, owner) }
 
+// Lost returns how many events were lost of each owner who has grants; those
+// with none are there too.
+func (g *Guard) Lost() (map[uint32]int, error) {
+	lost := map[uint32]int{}
+	var owner uint32
+	var u bpf.GuardUsage
+	users := g.maps.Users.Iterate()
+	for users.Next(&owner, &u) {
+		lost[owner] = int(u.Lost)
+	}
+	if err := users.Err(); err != nil {
+		return nil, fmt.Errorf("cannot read the guard's users: %w", err)
+	}
+	return lost, nil
+}
+
 func usageOf(m *ebpf.Map, key any) (Usage, error) {
 	var u bpf.GuardUsage
 	err := m.Lookup(key, &u)
@@ -364,6 +380,24 @@ func (g *Guard) limits(l Limits) (bpf.GuardGrant, error) {
 	}
 	limits.KfuncCount = uint8(copy(limits.Kfuncs[:], ids))
 	return limits, nil
+}
+
+// KfuncName is the name of a function with a number in the kernel's BTF. That
+// takes tens of milliseconds.
+func (g *Guard) KfuncName(id uint32) (string, error) {
+	types, err := btf.LoadKernelSpec()
+	if err != nil {
+		return "", fmt.Errorf("cannot read the kernel's types: %w", err)
+	}
+	t, err := types.TypeByID(btf.TypeID(id))
+	if err != nil {
+		return "", fmt.Errorf("cannot find a kernel function: %w", err)
+	}
+	f, ok := t.(*btf.Func)
+	if !ok {
+		return "", fmt.Errorf("cannot find a kernel function: %d is something else", id)
+	}
+	return f.Name, nil
 }
 
 // kfuncIDs gives the kernel's numbers of functions. One that it hasn't got

@@ -43,6 +43,7 @@ const (
 	// KeyNotEnforced is what of the profile isn't held for want of the guard, or empty.
 	KeyNotEnforced = "not_enforced"
 	KeyGrants      = "grants" // how many grants it is about
+	KeyLost        = "lost"   // how many events were lost
 )
 
 // The events.
@@ -63,6 +64,7 @@ var (
 	ObjectOpened      = Event{"8389c9bc013f4d3c8f5259ba3c1b02cc", slog.LevelInfo, "Object opened"}
 	ObjectRefused     = Event{"1b5256e8654e4b419f4e6a65f139683f", slog.LevelWarn, "Object refused"}
 	ObjectsMounted    = Event{"7d5a7f4e0c46445cb6eaa8c465a7eb0f", slog.LevelInfo, "Objects mounted"}
+	EventsLost        = Event{"b33c0669ffee42c4a6d0e97e98395942", slog.LevelWarn, "Events of the guard were lost"}
 	LimitExceeded     = Event{"febcc7f531b6450288d7e955e514fb54", slog.LevelWarn, "Limit exceeded"}
 )
 

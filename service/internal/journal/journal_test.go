@@ -228,7 +228,7 @@ func TestCatalog(t *testing.T) {
 	}
 	var want []string
 	for _, event := range []Event{GrantMade, GrantExpired, GrantRevoked, GrantProcessEnded, GrantNarrowed, GrantsKept, GrantUndone, RequestRefused, ProgramLoaded, GuardDenied,
-		ObjectLoaded, ObjectUnloaded, ObjectFailed, ObjectOpened, ObjectsMounted, ObjectRefused, LimitExceeded} {
+		ObjectLoaded, ObjectUnloaded, ObjectFailed, ObjectOpened, ObjectsMounted, ObjectRefused, EventsLost, LimitExceeded} {
 		want = append(want, event.id)
 	}
 	var got []string
@@ -244,7 +244,7 @@ func TestCatalog(t *testing.T) {
 
 	var keys []string
 	for _, key := range []string{KeyGrant, KeyProfile, KeyTier, KeyOwner, KeyProcess, KeyUnit, KeyTarget, KeyLayer, KeyReason, KeyBy, KeyKill, KeyLimit, KeyNotEnforced, KeyGrants, KeyUID, KeyCommand, KeyProgram, KeyTag, KeySetting,
-		KeyObject, KeyFile, KeyMap, KeyAccess, KeyPath} {
+		KeyObject, KeyFile, KeyMap, KeyAccess, KeyPath, KeyLost} {
 		keys = append(keys, fieldName(key))
 	}
 	var used []string

@@ -34,6 +34,36 @@ func (r *Rights) Within(o *Rights) bool {
 		r.Attach.Interfaces <= o.Attach.Interfaces && r.Attach.Cgroups <= o.Attach.Cgroups && r.Attach.Processes <= o.Attach.Processes
 }
 
+// Withheld is what a setting doesn't give.
+type Withheld struct {
+	// Layer is what refuses it: "token mask" or "namespace capability".
+	Layer string
+	// Setting is the profile's, as in "[Delegate] Maps=".
+	Setting string
+	// Names are what it would take to have it.
+	Names []string
+}
+
+// Withheld is what could be delegated and isn't, of commands those that look at a
+// token. capabilities are what the holders have.
+func (r *Rights) Withheld(capabilities []string) []Withheld {
+	const mask, capability = "token mask", "namespace capability"
+	var lacking []string
+	for _, c := range []string{capBPF, capNetAdmin, capPerfmon, capSysAdmin} {
+		if !slices.Contains(capabilities, c) {
+			lacking = append(lacking, c)
+		}
+	}
+	all := []Withheld{
+		{mask, "[Delegate] Commands=", CommandNames(commands.mask("map_create prog_load btf_load") &^ r.Commands)},
+		{mask, "[Delegate] Maps=", MapNames(mapTypes.all() &^ r.Maps)},
+		{mask, "[Delegate] Programs=", ProgramNames(programs.all() &^ r.Programs)},
+		{mask, "[Delegate] Attachments=", AttachmentNames(attachments.all() &^ r.Attachments)},
+		{capability, "[Guard] Capabilities=", lacking},
+	}
+	return slices.DeleteFunc(all, func(w Withheld) bool { return len(w.Names) == 0 })
+}
+
 // capabilitiesWithin compares lists of which nil is all.
 func capabilitiesWithin(have, want []string) bool {
 	return want == nil || have != nil && !slices.ContainsFunc(have, func(c string) bool { return !slices.Contains(want, c) })

@@ -36,7 +36,7 @@ func NewFront(b *broker.Broker, users *limit.Users, version string) (*Server[*pe
 		if !ok {
 			return nil, fmt.Errorf("cannot serve %s: it is not in the access table", name)
 		}
-		methods[brokerInterface+"."+name] = Method[*peer.Peer]{MaxFiles: access.Files, Handle: handle}
+		methods[brokerInterface+"."+name] = Method[*peer.Peer]{MaxFiles: access.Files, Streams: access.Streams, Handle: handle}
 	}
 	if len(methods) != len(broker.Methods) {
 		return nil, errors.New("cannot serve the access table: not every method of it is there")
@@ -172,6 +172,35 @@ func handlers(b *broker.Broker) map[string]handler {
 			return &Reply{Parameters: map[string]any{"notReached": list(notReached)}}, nil
 		},
 
+		"ExplainGrant": func(ctx context.Context, p *peer.Peer, call *Call) (*Reply, error) {
+			var in struct {
+				Grant       string `json:"grant,omitempty"`
+				Interactive bool   `json:"allowInteractiveAuthentication,omitempty"`
+			}
+			if err := call.Decode(&in); err != nil {
+				return nil, err
+			}
+			e, err := b.ExplainGrant(ctx, broker.Caller{Peer: p, Interactive: in.Interactive}, in.Grant)
+			if err != nil {
+				return nil, refusal(err)
+			}
+			return &Reply{Parameters: explain(e)}, nil
+		},
+
+		"Monitor": func(ctx context.Context, p *peer.Peer, call *Call) (*Reply, error) {
+			var in struct {
+				All         bool `json:"all,omitempty"`
+				Interactive bool `json:"allowInteractiveAuthentication,omitempty"`
+			}
+			if err := call.Decode(&in); err != nil {
+				return nil, err
+			}
+			err := b.Monitor(ctx, broker.Caller{Peer: p, Interactive: in.Interactive}, in.All,
+				func() error { return call.Send(nil) },
+				func(e broker.Event) error { return call.Send(map[string]any{"event": event(e)}) })
+			return nil, refusal(err)
+		},
+
 		"Check": func(ctx context.Context, p *peer.Peer, call *Call) (*Reply, error) {
 			if err := call.Decode(&struct{}{}); err != nil {
 				return nil, err
@@ -281,6 +310,71 @@ func (g liveGrant) MarshalJSON() ([]byte, error) {
 		Capabilities []string `json:"capabilities"`
 		NotEnforced  []string `json:"notEnforced"`
 	}{g.ID, g.Profile, g.Tier, g.Owner, g.Unit, g.PID, g.Path, g.Created, g.Expires, list(g.Capabilities), list(g.NotEnforced)})
+}
+
+// event is an event as peers see it.
+type event broker.Event
+
+// MarshalJSON leaves out what doesn't belong to the kind.
+func (e event) MarshalJSON() ([]byte, error) {
+	return json.Marshal(struct {
+		Time    int64       `json:"time"`
+		Kind    broker.Kind `json:"kind"`
+		Owner   uint32      `json:"owner"`
+		Grant   *grant.ID   `json:"grant,omitempty"`
+		Profile string      `json:"profile,omitempty"`
+		Expires int64       `json:"expires,omitempty"`
+		Process int         `json:"process,omitempty"`
+		UID     *uint32     `json:"uid,omitempty"`
+		Command string      `json:"command,omitempty"`
+		Program string      `json:"program,omitempty"`
+		Tag     string      `json:"tag,omitempty"`
+		Reason  string      `json:"reason,omitempty"`
+		Layer   string      `json:"layer,omitempty"`
+		Setting string      `json:"setting,omitempty"`
+		Lost    int         `json:"lost,omitempty"`
+	}{
+		e.Time.UnixMicro(), e.Kind, e.Owner, given(e.Grant, e.Grant != 0), e.Profile, e.Expires, e.PID,
+		given(e.UID, e.Kind == broker.KindLoaded || e.Kind == broker.KindDenied), e.Command, e.Program, e.Tag, e.Reason, e.Layer, e.Setting, e.Lost,
+	})
+}
+
+type explanation struct {
+	Profile  string     `json:"profile,omitempty"`
+	Ended    bool       `json:"ended,omitempty"`
+	Denials  []denial   `json:"denials"`
+	Withheld []withheld `json:"withheld"`
+}
+
+type denial struct {
+	Event event  `json:"event"`
+	Allow string `json:"allow,omitempty"`
+	Count int    `json:"count"`
+}
+
+type withheld struct {
+	Layer   string   `json:"layer"`
+	Setting string   `json:"setting"`
+	Names   []string `json:"names"`
+}
+
+func explain(e broker.Explanation) explanation {
+	x := explanation{Profile: e.Profile, Ended: e.Ended, Denials: []denial{}, Withheld: []withheld{}}
+	for _, d := range e.Denials {
+		x.Denials = append(x.Denials, denial{event(d.Event), d.Allow, d.Count})
+	}
+	for _, w := range e.Withheld {
+		x.Withheld = append(x.Withheld, withheld(w))
+	}
+	return x
+}
+
+// given returns a pointer for what may be missing.
+func given[T any](value T, is bool) *T {
+	if !is {
+		return nil
+	}
+	return &value
 }
 
 type finding struct {
