@@ -99,7 +99,22 @@ struct event {
 	u32 unused;
 };
 
+// What was done with a grant whose needs somebody wants to know.
+struct lesson {
+	u64 maps, programs, attachments; // bit per type
+	u64 helpers[4];
+	u64 map_bytes; // the most that there was
+	u32 programs_at_once, maps_at_once;
+	u32 commands; // bit per command that looks at a token
+	u8 reach[KINDS];
+	u8 module_kfuncs; // there were some
+	u32 kfunc_count;  // MAX_KFUNCS if there were more
+	u32 kfuncs[MAX_KFUNCS];
+	u32 unused;
+};
+
 // For bpf2go.
+struct lesson *unused_lesson __attribute__((unused));
 struct event *unused_event __attribute__((unused));
 
 // What all grants of a uid may have together.
@@ -127,6 +142,14 @@ struct {
 	__type(key, u64);
 	__type(value, struct usage);
 } usages SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1 << 10);
+	__type(key, u64);
+	__type(value, struct lesson);
+} lessons SEC(".maps");
 
 // By uid.
 struct {
@@ -420,6 +443,76 @@ static always_inline bool take_bytes(u64 *count, u64 bytes, u64 max)
 	return false;
 }
 
+// Learning.
+
+#define CHUNK 32
+
+struct scan {
+	u64 grant;
+	u64 *instructions;
+	u32 len;
+	u32 reason;
+	u32 detail;
+};
+
+static always_inline struct lesson *lesson_of(u64 grant)
+{
+	return bpf_map_lookup_elem(&lessons, &grant);
+}
+
+static always_inline void learn_reach(struct lesson *l, u32 kind, bool own)
+{
+	u8 reach = own ? REACH_OWN : REACH_ANY;
+
+	if (l && kind < KINDS && l->reach[kind] < reach)
+		l->reach[kind] = reach;
+}
+
+// learn_call is a global function for the same reason as check_call.
+__attribute__((noinline)) int learn_call(u64 grant, u64 instruction)
+{
+	struct lesson *l = lesson_of(grant);
+	u32 source = instruction >> 12 & 0xf;
+	u32 id = instruction >> 32;
+
+	if (!l)
+		return 0;
+	if (source == 0 && id < 256)
+		l->helpers[id >> 6 & 3] |= 1ULL << (id & 63);
+	if (source != 2)
+		return 0;
+	if (instruction >> 16 & 0xffff) {
+		l->module_kfuncs = 1;
+		return 0;
+	}
+	for (u32 i = 0; i < MAX_KFUNCS; i++) {
+		if (l->kfuncs[i] == id)
+			return 0;
+		if (i == l->kfunc_count) {
+			l->kfuncs[i] = id;
+			l->kfunc_count = i + 1;
+			return 0;
+		}
+	}
+	l->module_kfuncs = 1; // too many to be told
+	return 0;
+}
+
+static int learn_chunk(u32 index, struct scan *s)
+{
+	u64 chunk[CHUNK] = {};
+	u32 start = index * CHUNK, left = s->len - start;
+
+	if (left > CHUNK)
+		left = CHUNK;
+	if (bpf_probe_read_kernel(chunk, left * sizeof(u64), s->instructions + start))
+		return 1;
+	for (u32 i = 0; i < CHUNK; i++)
+		if ((chunk[i] & 0xff) == 0x85) // a call
+			learn_call(s->grant, chunk[i]);
+	return 0;
+}
+
 // Tokens.
 
 SEC("lsm/bpf_token_create")
@@ -496,6 +589,7 @@ int token_cmd(u64 *ctx)
 {
 	struct bpf_token *token = (void *)ctx[0];
 	struct token *t = token_of(token);
+	struct lesson *l;
 	struct grant *g;
 
 	if (!t)
@@ -505,6 +599,9 @@ int token_cmd(u64 *ctx)
 	g = bpf_map_lookup_elem(&grants, &t->grant);
 	if (!g || !live(g))
 		return refuse(t->grant, t->owner, LEASE, (u32)ctx[1]);
+	l = lesson_of(t->grant);
+	if (l)
+		l->commands |= 1 << ((u32)ctx[1] & 31);
 	return 0;
 }
 
@@ -533,16 +630,6 @@ int token_capable(u64 *ctx)
 }
 
 // Programs.
-
-#define CHUNK 32
-
-struct scan {
-	u64 grant;
-	u64 *instructions;
-	u32 len;
-	u32 reason;
-	u32 detail;
-};
 
 // check_call returns the reason to refuse a call, or 0: a helper's or a kfunc's,
 // by the instruction's registers and offset. It is a global function, which
@@ -609,6 +696,7 @@ int prog_load(u64 *ctx)
 	struct object o = {};
 	u64 key = (u64)prog;
 	struct usage *used, *user;
+	struct lesson *l;
 	struct grant *g;
 
 	if (!t)
@@ -643,6 +731,14 @@ int prog_load(u64 *ctx)
 		give_back(&used->programs);
 		give_back(&user->programs);
 		return -ENOMEM;
+	}
+	l = lesson_of(t->grant);
+	if (l) {
+		struct scan s = {.grant = t->grant, .instructions = (u64 *)prog->insnsi, .len = prog->len};
+
+		bpf_loop((prog->len + CHUNK - 1) / CHUNK, learn_chunk, &s, 0);
+		if (l->programs_at_once < used->programs)
+			l->programs_at_once = used->programs;
 	}
 	return 0;
 }
@@ -690,6 +786,7 @@ int prog_descriptor(u64 *ctx)
 {
 	struct bpf_prog *prog = (void *)ctx[0];
 	u64 key = (u64)prog;
+	struct lesson *l;
 	struct object *o;
 	struct event *e;
 
@@ -702,6 +799,12 @@ int prog_descriptor(u64 *ctx)
 		return refuse_program(o->grant, o->owner, DESCRIPTOR, 0, prog);
 	if (!o->id) {
 		o->id = prog->aux->id;
+		// Only now it is known that the kernel takes the program.
+		l = lesson_of(o->grant);
+		if (l) {
+			l->programs |= 1ULL << (prog->type & 63);
+			l->attachments |= 1ULL << (prog->expected_attach_type & 63);
+		}
 		e = new_event(o->grant, o->owner, LOADED, 0);
 		if (e) {
 			describe(e, prog);
@@ -774,6 +877,7 @@ int map_create(u64 *ctx)
 	struct object o = {};
 	u64 key = (u64)map;
 	struct usage *used, *user;
+	struct lesson *l;
 	struct grant *g;
 
 	if (!t)
@@ -807,8 +911,19 @@ int map_create(u64 *ctx)
 		refuse(t->grant, t->owner, QUOTA_MAP_BYTES, user_map_bytes);
 		goto no_user_bytes;
 	}
-	if (!bpf_map_update_elem(&objects, &key, &o, BPF_NOEXIST))
+	if (!bpf_map_update_elem(&objects, &key, &o, BPF_NOEXIST)) {
+		l = lesson_of(t->grant);
+		if (!l)
+			return 0;
+		l->maps |= 1ULL << (map->map_type & 63);
+		if (map->map_type == MAP_STRUCT_OPS)
+			learn_reach(l, PROCESSES, false);
+		if (l->maps_at_once < used->maps)
+			l->maps_at_once = used->maps;
+		if (l->map_bytes < used->map_bytes)
+			l->map_bytes = used->map_bytes;
 		return 0;
+	}
 	__sync_fetch_and_add(&user->map_bytes, -o.bytes);
 no_user_bytes:
 	__sync_fetch_and_add(&used->map_bytes, -o.bytes);
@@ -935,7 +1050,10 @@ static always_inline bool may_link(struct bpf_link *link, struct bpf_prog *prog,
 		kind = INTERFACES;
 		own = within(READ(net, user_ns), t->namespace);
 	}
-	return g->reach[kind] == REACH_ANY || (own && g->reach[kind] == REACH_OWN);
+	if (g->reach[kind] != REACH_ANY && !(own && g->reach[kind] == REACH_OWN))
+		return false;
+	learn_reach(lesson_of(t->grant), kind, own);
+	return true;
 }
 
 static always_inline u32 *linking_of(struct task_struct *task, u64 flags)
@@ -1131,15 +1249,16 @@ static always_inline int catch_slip(struct bpf_prog *prog, u32 kind)
 	struct token *t = token_of(prog->aux->token);
 	struct task_struct *task = bpf_get_current_task_btf();
 	struct grant *g;
+	bool own;
 
 	if (!t || privileged())
 		return 0;
 	g = bpf_map_lookup_elem(&grants, &t->grant);
-	if (g && live(g) && g->reach[kind] == REACH_ANY)
+	own = kind == INTERFACES && within(READ(READ(READ(task, nsproxy), net_ns), user_ns), t->namespace);
+	if (g && live(g) && (g->reach[kind] == REACH_ANY || (g->reach[kind] == REACH_OWN && own))) {
+		learn_reach(lesson_of(t->grant), kind, own);
 		return 0;
-	if (g && live(g) && g->reach[kind] == REACH_OWN && kind == INTERFACES &&
-	    within(READ(READ(READ(task, nsproxy), net_ns), user_ns), t->namespace))
-		return 0;
+	}
 	bpf_send_signal(SIGKILL);
 	refuse_program(t->grant, t->owner, SLIP, prog->expected_attach_type, prog);
 	return 0;

@@ -54,6 +54,23 @@ type GuardGrant struct {
 	Kfuncs       [128]uint32
 }
 
+type GuardLesson struct {
+	_              structs.HostLayout
+	Maps           uint64
+	Programs       uint64
+	Attachments    uint64
+	Helpers        [4]uint64
+	MapBytes       uint64
+	ProgramsAtOnce uint32
+	MapsAtOnce     uint32
+	Commands       uint32
+	Reach          [3]uint8
+	ModuleKfuncs   uint8
+	KfuncCount     uint32
+	Kfuncs         [128]uint32
+	Unused         uint32
+}
+
 type GuardObject struct {
 	_         structs.HostLayout
 	Grant     uint64
@@ -83,6 +100,7 @@ const (
 	GuardMapConfinements     = "confinements"
 	GuardMapEvents           = "events"
 	GuardMapGrants           = "grants"
+	GuardMapLessons          = "lessons"
 	GuardMapLinking          = "linking"
 	GuardMapObjects          = "objects"
 	GuardMapProtected        = "protected"
@@ -113,6 +131,7 @@ const (
 	GuardVarCpus             = "cpus"
 	GuardVarGrantTokens      = "grant_tokens"
 	GuardVarUnusedEvent      = "unused_event"
+	GuardVarUnusedLesson     = "unused_lesson"
 	GuardVarUserEvents       = "user_events"
 	GuardVarUserMapBytes     = "user_map_bytes"
 	GuardVarUserMaps         = "user_maps"
@@ -191,6 +210,7 @@ type GuardMapSpecs struct {
 	Confinements *ebpf.MapSpec `ebpf:"confinements"`
 	Events       *ebpf.MapSpec `ebpf:"events"`
 	Grants       *ebpf.MapSpec `ebpf:"grants"`
+	Lessons      *ebpf.MapSpec `ebpf:"lessons"`
 	Linking      *ebpf.MapSpec `ebpf:"linking"`
 	Objects      *ebpf.MapSpec `ebpf:"objects"`
 	Protected    *ebpf.MapSpec `ebpf:"protected"`
@@ -208,6 +228,7 @@ type GuardVariableSpecs struct {
 	Cpus         *ebpf.VariableSpec `ebpf:"cpus"`
 	GrantTokens  *ebpf.VariableSpec `ebpf:"grant_tokens"`
 	UnusedEvent  *ebpf.VariableSpec `ebpf:"unused_event"`
+	UnusedLesson *ebpf.VariableSpec `ebpf:"unused_lesson"`
 	UserEvents   *ebpf.VariableSpec `ebpf:"user_events"`
 	UserMapBytes *ebpf.VariableSpec `ebpf:"user_map_bytes"`
 	UserMaps     *ebpf.VariableSpec `ebpf:"user_maps"`
@@ -239,6 +260,7 @@ type GuardMaps struct {
 	Confinements *ebpf.Map `ebpf:"confinements"`
 	Events       *ebpf.Map `ebpf:"events"`
 	Grants       *ebpf.Map `ebpf:"grants"`
+	Lessons      *ebpf.Map `ebpf:"lessons"`
 	Linking      *ebpf.Map `ebpf:"linking"`
 	Objects      *ebpf.Map `ebpf:"objects"`
 	Protected    *ebpf.Map `ebpf:"protected"`
@@ -254,6 +276,7 @@ func (m *GuardMaps) Close() error {
 		m.Confinements,
 		m.Events,
 		m.Grants,
+		m.Lessons,
 		m.Linking,
 		m.Objects,
 		m.Protected,
@@ -272,6 +295,7 @@ type GuardVariables struct {
 	Cpus         *ebpf.Variable `ebpf:"cpus"`
 	GrantTokens  *ebpf.Variable `ebpf:"grant_tokens"`
 	UnusedEvent  *ebpf.Variable `ebpf:"unused_event"`
+	UnusedLesson *ebpf.Variable `ebpf:"unused_lesson"`
 	UserEvents   *ebpf.Variable `ebpf:"user_events"`
 	UserMapBytes *ebpf.Variable `ebpf:"user_map_bytes"`
 	UserMaps     *ebpf.Variable `ebpf:"user_maps"`

@@ -135,7 +135,7 @@ func (a *app) command() *cobra.Command {
 	profile.AddCommand(a.profileShowCommand())
 	root.AddCommand(a.runCommand(), a.mountCommand(), a.profilesCommand(), profile, a.listCommand(), a.renewCommand(), a.revokeCommand(), a.checkCommand(), a.cdiCommand(), a.hookCommand())
 	root.AddCommand(a.objectsCommand(), a.objectCommand(), a.exportCommand())
-	root.AddCommand(a.monitorCommand(), a.explainCommand())
+	root.AddCommand(a.monitorCommand(), a.explainCommand(), a.learnCommand())
 	return root
 }
 

@@ -66,24 +66,34 @@ func (a *app) run(ctx context.Context, profile string, root bool, args []string)
 		return command
 	})
 	if err != nil {
-		var interrupted interruption
-		var notExecuted *fs.PathError
-		switch {
-		case errors.As(err, &interrupted):
-			return exitStatus(exitSignal + int(interrupted))
-		case errors.As(err, &notExecuted):
-			return cannotRun(args[0], notExecuted.Err, exitNotExecutable)
-		}
-		return err
+		return notStarted(args[0], err)
 	}
 	if managed {
 		return nil // the service manager has the command now
 	}
+	return finish(signals, command, args[0])
+}
+
+// notStarted is for the error of start.
+func notStarted(name string, err error) error {
+	var interrupted interruption
+	var notExecuted *fs.PathError
+	switch {
+	case errors.As(err, &interrupted):
+		return exitStatus(exitSignal + int(interrupted))
+	case errors.As(err, &notExecuted):
+		return cannotRun(name, notExecuted.Err, exitNotExecutable)
+	}
+	return err
+}
+
+// finish waits for a command to end. Its error is nil or an exitStatus, if it has.
+func finish(signals *signalWatch, command *client.Command, name string) error {
 	signals.forwardTo(command)
 	status, err := command.Wait()
 	switch {
 	case err != nil:
-		return fmt.Errorf("cannot wait for %s: %w", args[0], err)
+		return fmt.Errorf("cannot wait for %s: %w", name, err)
 	case status.Signaled():
 		return exitStatus(exitSignal + int(status.Signal()))
 	case status.ExitStatus() != 0:

@@ -90,3 +90,26 @@ func (c *Client) stream(ctx context.Context, method string, in any, each func(js
 		}
 	}
 }
+
+// LearnGrant has the broker write down what a grant is used for, until it ends, and
+// returns the smallest profile that gives that, as a file. ready, if not nil, is
+// called when nothing is missed any more. It has a connection of its own, whose end
+// is that of the learning. An *Error GuardUnavailable says that nothing can see it.
+func (c *Client) LearnGrant(ctx context.Context, id string, ready func()) (string, error) {
+	last, err := c.stream(ctx, "LearnGrant", grantParameters{id, c.interaction()}, func(json.RawMessage) error {
+		if ready != nil {
+			ready()
+		}
+		return nil
+	})
+	if err != nil {
+		return "", err
+	}
+	var out struct {
+		Profile string `json:"profile"`
+	}
+	if err := json.Unmarshal(last, &out); err != nil || out.Profile == "" {
+		return "", errBadReply
+	}
+	return out.Profile, nil
+}

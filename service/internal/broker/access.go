@@ -30,6 +30,7 @@ var Methods = map[string]Access{
 	"RevokeGrant":     {Actions: manageActions},
 	"Check":           {},
 	"ExplainGrant":    {Actions: manageActions},
+	"LearnGrant":      {Actions: manageActions, Streams: true},
 	"Monitor":         {Actions: manageActions, Streams: true},
 	"AcquireToken":    {Actions: tokenActions, Details: tokenDetails},
 	"ListObjects":     {},

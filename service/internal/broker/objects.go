@@ -130,6 +130,7 @@ func (b *Broker) openObject(ctx context.Context, c Caller, p part, offered func(
 		if err != nil {
 			refusal := refuseObject(fmt.Errorf("cannot open %s: %w", p, err))
 			b.refusals.log(ctx, c, journal.ObjectRefused, refusal, slog.String(journal.KeyObject, p.object))
+			b.refused(c, "", refusal)
 			err = refusal
 		}
 	}()
@@ -174,6 +175,7 @@ func (b *Broker) MountObjects(ctx context.Context, c Caller, names []string, pro
 		if err != nil {
 			refusal := refuseObject(fmt.Errorf("cannot mount objects: %w", err))
 			b.refusals.log(ctx, c, journal.ObjectRefused, refusal, slog.String(journal.KeyObject, fmt.Sprintf("%.64q", strings.Join(names, " "))))
+			b.refused(c, "", refusal)
 			err = refusal
 		}
 	}()

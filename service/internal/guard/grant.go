@@ -244,6 +244,18 @@ func (g *Guard) readOwners() error {
 	for _, id := range begun {
 		_ = g.maps.Usages.Delete(id)
 	}
+	var lesson bpf.GuardLesson
+	var asked []uint64 // by an earlier daemon
+	lessons := g.maps.Lessons.Iterate()
+	for lessons.Next(&id, &lesson) {
+		asked = append(asked, id)
+	}
+	if err := lessons.Err(); err != nil {
+		return fmt.Errorf("cannot read the guard's lessons: %w", err)
+	}
+	for _, id := range asked {
+		_ = g.maps.Lessons.Delete(id)
+	}
 	var owner uint32
 	var idle []uint32
 	users := g.maps.Users.Iterate()

@@ -187,6 +187,18 @@ func handlers(b *broker.Broker) map[string]handler {
 			return &Reply{Parameters: explain(e)}, nil
 		},
 
+		"LearnGrant": func(ctx context.Context, p *peer.Peer, call *Call) (*Reply, error) {
+			var in grantParameters
+			if err := call.Decode(&in); err != nil {
+				return nil, err
+			}
+			text, err := b.LearnGrant(ctx, broker.Caller{Peer: p, Interactive: in.Interactive}, in.Grant, func() error { return call.Send(nil) })
+			if err != nil {
+				return nil, refusal(err)
+			}
+			return &Reply{Parameters: map[string]any{"profile": text}}, nil
+		},
+
 		"Monitor": func(ctx context.Context, p *peer.Peer, call *Call) (*Reply, error) {
 			var in struct {
 				All         bool `json:"all,omitempty"`

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package profile
+
+import (
+	"fmt"
+	"math/bits"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Lesson is what somebody used of a profile.
+type Lesson struct {
+	Commands, Maps, Programs, Attachments Mask
+	Helpers, Kfuncs                       []string
+	// ModuleKfuncs says that functions of kernel modules were called, which no
+	// list can name.
+	ModuleKfuncs bool
+	// MaxPrograms, MaxMaps and MaxMapBytes are the most that there was at once.
+	MaxPrograms, MaxMaps int
+	MaxMapBytes          uint64
+	// Attach is how far it was from what was attached to.
+	Attach Attach
+}
+
+const (
+	// noHelper is a helper that does nothing for whoever may call it: an empty
+	// list allows all.
+	noHelper = "map_lookup_elem"
+	// noKfunc is no function's name.
+	noKfunc = "none"
+	// perLine is how many words of a list stand in a line.
+	perLine = 8
+)
+
+// perfmonHelpers are those that the kernel gives to programs of all types if the
+// token has CAP_PERFMON, and not without (bpf_base_func_proto).
+var perfmonHelpers = strings.Fields(`trace_printk get_current_task get_current_task_btf probe_read_user probe_read_kernel
+	probe_read_user_str probe_read_kernel_str snprintf_btf snprintf task_pt_regs trace_vprintk`)
+
+// Text is the smallest profile that gives what was used, as a file, with a lease.
+// The capabilities are those that its types and helpers ask for: a program that
+// calculates with pointers in a way that takes CAP_PERFMON looks like any other.
+func (l *Lesson) Text(lease time.Duration) string {
+	var out strings.Builder
+	line := func(format string, args ...any) { fmt.Fprintf(&out, format+"\n", args...) }
+	list := func(key string, names []string) {
+		for some := range slices.Chunk(names, perLine) {
+			line("%s=%s", key, strings.Join(some, " "))
+		}
+	}
+	line("[Profile]")
+	if lease > 0 {
+		line("Lease=%d", int(lease.Seconds()))
+	}
+	line("\n[Delegate]")
+	list("Commands", CommandNames(l.Commands))
+	list("Maps", MapNames(l.Maps))
+	list("Programs", ProgramNames(l.Programs))
+	attachments := l.Attachments
+	if l.Programs&zeroSenders != 0 {
+		attachments &^= 1 // said by the programs
+	}
+	list("Attachments", AttachmentNames(attachments))
+
+	line("\n[Guard]")
+	list("Capabilities", l.capabilities())
+	if l.Programs != 0 {
+		l.calls(line, list)
+	}
+	// The kernel frees what was closed some time later: another run may have more
+	// at once.
+	line("# There were at most %d programs, and %d maps of %d bytes in all; twice as\n# much is allowed, for the kernel frees some time later.",
+		l.MaxPrograms, l.MaxMaps, l.MaxMapBytes)
+	line("MaxPrograms=%d", twice(uint64(l.MaxPrograms)))
+	line("MaxMaps=%d", twice(uint64(l.MaxMaps)))
+	line("MaxMapBytes=%d", max(4096, twice(l.MaxMapBytes)))
+
+	if l.Attach != (Attach{}) {
+		line("\n[Attach]")
+	}
+	for _, a := range []struct {
+		key   string
+		reach Reach
+	}{{"Interfaces", l.Attach.Interfaces}, {"Cgroups", l.Attach.Cgroups}, {"Processes", l.Attach.Processes}} {
+		switch a.reach {
+		case ReachAny:
+			line("# Something was attached to what isn't the user's own.")
+			fallthrough
+		case ReachOwn:
+			line("%s=%s", a.key, a.reach)
+		}
+	}
+	return out.String()
+}
+
+// calls writes what programs called.
+func (l *Lesson) calls(line func(string, ...any), list func(string, []string)) {
+	if len(l.Helpers) == 0 {
+		line("# No helper was called, and an empty list would allow all.")
+		line("Helpers=%s", noHelper)
+	}
+	list("Helpers", l.Helpers)
+	switch {
+	case l.ModuleKfuncs:
+		line("# Functions of kernel modules were called, or too many: no list of Kfuncs= can\n# allow them.")
+	case len(l.Kfuncs) == 0:
+		line("# No function of the kernel was called: this is the name of none.")
+		line("Kfuncs=%s", noKfunc)
+	default:
+		list("Kfuncs", l.Kfuncs)
+	}
+}
+
+func (l *Lesson) capabilities() []string {
+	names := (&Profile{Maps: l.Maps, Programs: l.Programs}).AmbientCapabilities()
+	if !slices.Contains(names, capPerfmon) && slices.ContainsFunc(l.Helpers, func(h string) bool { return slices.Contains(perfmonHelpers, h) }) {
+		names = append(names, capPerfmon)
+	}
+	if slices.Contains(l.Helpers, "probe_write_user") {
+		names = append(names, capSysAdmin)
+	}
+	return names
+}
+
+// twice is at least double a number, and a power of two.
+func twice(n uint64) uint64 {
+	if n == 0 {
+		return 1
+	}
+	return 1 << (bits.Len64(n-1) + 1)
+}
