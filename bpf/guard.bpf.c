@@ -1190,6 +1190,37 @@ static __attribute__((noinline)) bool confined_at_all(u32 *owner)
 	return confined(INTERFACES, owner) || confined(CGROUPS, owner) || confined(PROCESSES, owner);
 }
 
+// learn_command learns from a command that names a program by its descriptor only.
+// Another thread may swap that, which would fool the one who learns.
+static __attribute__((noinline)) int learn_command(u32 fd, u32 kind)
+{
+	struct fdtable *table = READ(READ(bpf_get_current_task_btf(), files), fdt);
+	struct file *file = 0;
+	struct bpf_prog *prog;
+	struct object *o;
+	u64 key;
+
+	if (fd >= READ(table, max_fds) || bpf_probe_read_kernel(&file, sizeof(file), READ(table, fd) + fd))
+		return 0;
+	prog = READ(file, private_data);
+	key = (u64)prog;
+	o = bpf_map_lookup_elem(&objects, &key);
+	if (!o || !o->namespace)
+		return 0;
+	if (kind == KINDS)
+		kind = link_kind(READ(prog, expected_attach_type));
+	if (kind == KINDS)
+		kind = prog_kind(READ(prog, expected_attach_type));
+	learn_reach(lesson_of(o->grant), kind, kind == INTERFACES && in_own_network());
+	return 0;
+}
+
+// learn_own is for who isn't on the host, the only ones who have tokens.
+static always_inline int learn_own(u32 fd, u32 kind)
+{
+	return credentials()->user_ns->level ? learn_command(fd, kind) : 0;
+}
+
 SEC("lsm/bpf")
 int command(u64 *ctx)
 {
@@ -1217,8 +1248,11 @@ int command(u64 *ctx)
 		*state = UNSEEN;
 		return 0;
 	case CMD_LINK_UPDATE:
-		if (!confined_at_all(&owner))
-			return 0;
+		if (!confined_at_all(&owner)) {
+			if (bpf_probe_read_kernel(&attach, sizeof(attach), (void *)ctx[1]))
+				return 0;
+			return learn_own(attach.program, KINDS);
+		}
 		break;
 	case CMD_PROG_ATTACH:
 	case CMD_PROG_DETACH:
@@ -1232,8 +1266,11 @@ int command(u64 *ctx)
 		break;
 	case CMD_PROG_TEST_RUN:
 		// A program may send packets from the caller's network namespace.
-		if (!confined(INTERFACES, &owner) || in_own_network())
-			return 0;
+		if (!confined(INTERFACES, &owner) || in_own_network()) {
+			if (bpf_probe_read_kernel(&attach, sizeof(attach), (void *)ctx[1]))
+				return 0;
+			return learn_own(attach.target, INTERFACES);
+		}
 		break;
 	default:
 		return 0;

@@ -102,9 +102,19 @@ struct nsproxy {
 	struct net *net_ns;
 } CORE;
 
+struct fdtable {
+	u32 max_fds;
+	struct file **fd;
+} CORE;
+
+struct files_struct {
+	struct fdtable *fdt;
+} CORE;
+
 struct task_struct {
 	struct cred *cred;
 	struct nsproxy *nsproxy;
+	struct files_struct *files;
 } CORE;
 
 // The registers of the system call that a task makes, on x86-64.

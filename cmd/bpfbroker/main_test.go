@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/signal"
@@ -69,6 +70,9 @@ type withFile struct {
 	fd    int
 }
 
+// stream is the fake broker's way to give several answers.
+type stream []any
+
 // fake is a broker for tests. A nil answer makes it hang up.
 type fake struct {
 	socket      string
@@ -127,6 +131,17 @@ func (f *fake) serve(conn *net.UnixConn, answer func(request) any) {
 		switch a := answer(q).(type) {
 		case nil:
 			return
+		case stream:
+			for _, parameters := range a[:len(a)-1] {
+				data, err := json.Marshal(map[string]any{"parameters": parameters, "continues": true})
+				if err != nil {
+					panic(err)
+				}
+				if _, err := conn.Write(append(data, 0)); err != nil {
+					return
+				}
+			}
+			reply = map[string]any{"parameters": a[len(a)-1]}
 		case refusal:
 			reply = map[string]any{
 				"error":      "org.bpfbroker.Broker." + a.name,
@@ -224,6 +239,41 @@ func answers(r request) any {
 			return map[string]any{"notReached": []string{"1 process that did not end"}}
 		}
 		return map[string]any{"notReached": []string{"tokens that were already created"}}
+	case "ExplainGrant":
+		switch r.Parameters["grant"] {
+		case nil:
+			return map[string]any{"denials": []any{}, "withheld": []any{}}
+		case "0123456789abcdef":
+		default:
+			return refusal{"NoSuchGrant", "cannot explain it: no such grant", "request", "see \"bpfbroker list\""}
+		}
+		return map[string]any{"profile": "network", "ended": true, "denials": []any{
+			map[string]any{"event": map[string]any{"time": 1700000000000000, "kind": "denied", "owner": 0, "grant": "0123456789abcdef", "process": 7,
+				"command": "evil\x1b[2J", "program": "xdp \"p\\x1b\", 3 instructions", "reason": "the helper send_signal", "layer": "guard"},
+				"allow": "[Guard] Helpers= without ~send_signal", "count": 3},
+		}, "withheld": []any{map[string]any{"layer": "token mask", "setting": "[Delegate] Programs=", "names": []string{"kprobe", "tracing"}}}}
+	case "Monitor":
+		if r.Parameters["all"] == true && !r.interactive {
+			return refusal{"InteractionRequired", "cannot monitor the grants of all users: polkit wants authentication", "polkit", "allow it"}
+		}
+		event := func(kind string, more map[string]any) map[string]any {
+			e := map[string]any{"time": 1700000000000000, "kind": kind, "owner": 1000, "grant": "0123456789abcdef"}
+			maps.Copy(e, more)
+			return map[string]any{"event": e}
+		}
+		return stream{
+			map[string]any{},
+			event("made", map[string]any{"profile": "network", "process": 7, "expires": 1700000001000000}),
+			event("loaded", map[string]any{"process": 8, "uid": 1000, "command": "a\x1b[2J\nb", "program": "xdp \"p\", 3 instructions", "tag": "00ff"}),
+			event("denied", map[string]any{"process": 8, "uid": 1000, "command": "c", "program": "xdp \"p\", 3 instructions", "reason": "the helper x", "layer": "guard", "setting": "[Guard] Helpers="}),
+			map[string]any{"event": map[string]any{"time": 1700000000000000, "kind": "refused", "owner": 1000, "profile": "network", "reason": "not authorized", "layer": "polkit"}},
+			map[string]any{"event": map[string]any{"time": 1700000000000000, "kind": "lost", "owner": 1000, "lost": 9, "reason": "too many"}},
+			event("ended", map[string]any{"profile": "network", "reason": "exited"}),
+			event("new", map[string]any{"reason": "from the future"}),
+			map[string]any{},
+		}
+	case "LearnGrant":
+		return stream{map[string]any{}, map[string]any{"profile": "# Learnt.\n[Delegate]\n"}}
 	case "Check":
 		return map[string]any{"findings": []any{
 			map[string]any{"subject": "guard", "state": "no", "reason": "there is none", "remedy": "wait for it"},
@@ -264,6 +314,8 @@ func answers(r request) any {
 		switch name {
 		case "network":
 			return map[string]any{"grant": grant("CAP_BPF", "CAP_NET_ADMIN")}
+		case "unlimited":
+			return map[string]any{"grant": grant("CAP_BPF")}
 		case "dies":
 			return nil
 		case "busy":
