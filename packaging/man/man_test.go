@@ -113,7 +113,7 @@ func TestCommandLine(t *testing.T) {
 	if out, err := exec.Command("go", "build", "-o", program, "../../cmd/bpfbroker").CombinedOutput(); err != nil {
 		t.Fatalf("cannot build: %v\n%s", err, out)
 	}
-	for _, command := range []string{"", "run", "profiles", "profile", "profile show", "list", "renew", "revoke", "check", "mount", "cdi",
+	for _, command := range []string{"", "run", "profiles", "profile", "profile show", "list", "renew", "revoke", "monitor", "explain", "learn", "check", "mount", "cdi",
 		"objects", "object", "object show", "object dump", "object watch", "object open", "object mount", "export"} {
 		help, err := exec.Command(program, append(strings.Fields(command), "--help")...).Output()
 		if err != nil {
@@ -159,6 +159,13 @@ func TestLimits(t *testing.T) {
 		"Questions to polkit under way":       `authority/authority.go maxAnswers = (\d+)`,
 		"Password prompts under way":          `authority/authority.go maxPrompts = (\d+)`,
 		"Refusals of a user in the journal":   `broker/refusals.go refusalsLogged = (\d+)`,
+		"Monitors of a user":                  `broker/monitor.go maxMonitorsPerUser = (\d+)`,
+		"Monitors of all users":               `broker/monitor.go maxMonitors += (\d+)`,
+		"Events that wait for a monitor":      `broker/monitor.go maxQueue = (\d+)`,
+		"Events of a user in a second":        `../../bpf/guard.bpf.c user_events = (\d+)`,
+		"Denials of a user remembered":        `broker/history.go maxDenials = (\d+)`,
+		"Users whose denials are remembered":  `broker/history.go maxDenied += (\d+)`,
+		"Ended grants remembered":             `broker/history.go maxPast = (\d+)`,
 		"Length of a value in the journal":    `journal/journal.go maxValue += (\d+)`,
 		"Length of a detail for polkit":       `authority/details.go maxDetail = (\d+)`,
 		"Time without connections and grants": `../service.go idleTime = (\d+) \* time.Second`,

@@ -19,6 +19,9 @@ import (
 // answer handles one request; files are closed after it. A nil reply hangs up.
 type answer func(r *wire.Request, files []*os.File) (reply any, send []*os.File)
 
+// stream is a reply of several.
+type stream []wire.Reply
+
 // fake is a broker that gives the same answer to everything.
 type fake struct {
 	socket string
@@ -79,6 +82,12 @@ func (f *fake) serve(c *wire.Conn) {
 		wire.CloseFiles(files)
 		if reply == nil {
 			return
+		}
+		if replies, ok := reply.(stream); ok {
+			for _, r := range replies {
+				_ = c.WriteMessage(r)
+			}
+			continue
 		}
 		_ = c.WriteMessage(reply, send...)
 	}
