@@ -78,14 +78,24 @@ func (b *Broker) guardDenial(g guard.Event, e Event) Denial {
 // named gives kernel functions their names. That isn't done when they are
 // refused: the kernel's types are large.
 func (b *Broker) named(denials []Denial) []Denial {
+	var ids []uint32
+	for _, d := range denials {
+		if d.kfunc != 0 {
+			ids = append(ids, d.kfunc)
+		}
+	}
+	if ids == nil || !b.guarded() {
+		return denials
+	}
+	names, err := b.guard.KfuncNames(ids)
+	if err != nil {
+		return denials // the numbers say something, too
+	}
 	for i := range denials {
 		d := &denials[i]
-		if d.kfunc == 0 || !b.guarded() {
+		name := names[d.kfunc]
+		if name == "" {
 			continue
-		}
-		name, err := b.guard.KfuncName(d.kfunc)
-		if err != nil {
-			continue // its number says something, too
 		}
 		d.Reason = "the kernel function " + name
 		if p, ok := b.history.grant(d.Grant); ok {

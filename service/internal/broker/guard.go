@@ -219,7 +219,6 @@ const lostTime = time.Second
 // countLost tells of events that the guard had no room for. That happens to none
 // but those who cause many, so there was an event before.
 func (b *Broker) countLost(ctx context.Context) {
-	told := map[uint32]int{}
 	for {
 		select {
 		case <-ctx.Done():
@@ -237,15 +236,8 @@ func (b *Broker) countLost(ctx context.Context) {
 			continue
 		}
 		for owner, n := range lost {
-			// It counts from 0 again when the user's last grant has gone.
-			if n < told[owner] {
-				told[owner] = 0
-			}
-			if more := n - told[owner]; more > 0 {
-				journal.EventsLost.Log(ctx, slog.Uint64(journal.KeyTarget, uint64(owner)), slog.Int(journal.KeyLost, more))
-				b.monitors.tell(Event{Time: time.Now(), Kind: KindLost, Owner: owner, Lost: more, Reason: "the guard saw too many of this user's"})
-			}
+			journal.EventsLost.Log(ctx, slog.Uint64(journal.KeyTarget, uint64(owner)), slog.Int(journal.KeyLost, n))
+			b.monitors.tell(Event{Time: time.Now(), Kind: KindLost, Owner: owner, Lost: n, Reason: "the guard saw too many of this user's"})
 		}
-		told = lost
 	}
 }

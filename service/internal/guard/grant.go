@@ -204,6 +204,10 @@ func (g *Guard) forget(id uint64) error {
 			continue
 		}
 		delete(g.owners, owner)
+		if err := g.countLost(owner); err != nil {
+			return err
+		}
+		delete(g.lostBefore, owner)
 		if err := g.maps.Users.Delete(owner); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return err
 		}
@@ -304,20 +308,35 @@ func (g *Guard) Usage(id uint64) (Usage, error) { return usageOf(g.maps.Usages, 
 // UserUsage returns what exists by all grants of an owner.
 func (g *Guard) UserUsage(owner uint32) (Usage, error) { return usageOf(g.maps.Users, owner) }
 
-// Lost returns how many events were lost of each owner who has grants; those
-// with none are there too.
+// Lost returns how many events of each owner were lost since it was last asked.
+// The first time it is since the owner's first grant.
 func (g *Guard) Lost() (map[uint32]int, error) {
-	lost := map[uint32]int{}
-	var owner uint32
-	var u bpf.GuardUsage
-	users := g.maps.Users.Iterate()
-	for users.Next(&owner, &u) {
-		lost[owner] = int(u.Lost)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for owner := range g.owners {
+		if err := g.countLost(owner); err != nil {
+			return nil, err
+		}
 	}
-	if err := users.Err(); err != nil {
-		return nil, fmt.Errorf("cannot read the guard's users: %w", err)
-	}
+	lost := g.lost
+	g.lost = map[uint32]int{}
 	return lost, nil
+}
+
+// countLost adds to lost what an owner lost since it was called last.
+func (g *Guard) countLost(owner uint32) error {
+	usage, err := g.UserUsage(owner)
+	if errors.Is(err, ErrUnknown) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if more := usage.Lost - g.lostBefore[owner]; more > 0 {
+		g.lost[owner] += more
+		g.lostBefore[owner] = usage.Lost
+	}
+	return nil
 }
 
 func usageOf(m *ebpf.Map, key any) (Usage, error) {
@@ -394,22 +413,24 @@ func (g *Guard) limits(l Limits) (bpf.GuardGrant, error) {
 	return limits, nil
 }
 
-// KfuncName is the name of a function with a number in the kernel's BTF. That
-// takes tens of milliseconds.
-func (g *Guard) KfuncName(id uint32) (string, error) {
-	types, err := btf.LoadKernelSpec()
+// KfuncNames are the names of functions by their numbers in the kernel's BTF;
+// what is no function's number has none. That takes tens of milliseconds, and
+// nobody keeps the kernel's types, which are large.
+func (g *Guard) KfuncNames(ids []uint32) (map[uint32]string, error) {
+	g.mu.Lock() // one at a time: users can cause it
+	defer g.mu.Unlock()
+	types, err := btf.LoadSpec("/sys/kernel/btf/vmlinux") // which isn't cached
 	if err != nil {
-		return "", fmt.Errorf("cannot read the kernel's types: %w", err)
+		return nil, fmt.Errorf("cannot read the kernel's types: %w", err)
 	}
-	t, err := types.TypeByID(btf.TypeID(id))
-	if err != nil {
-		return "", fmt.Errorf("cannot find a kernel function: %w", err)
+	names := map[uint32]string{}
+	for _, id := range ids {
+		t, err := types.TypeByID(btf.TypeID(id))
+		if f, ok := t.(*btf.Func); err == nil && ok {
+			names[id] = f.Name
+		}
 	}
-	f, ok := t.(*btf.Func)
-	if !ok {
-		return "", fmt.Errorf("cannot find a kernel function: %d is something else", id)
-	}
-	return f.Name, nil
+	return names, nil
 }
 
 // kfuncIDs gives the kernel's numbers of functions. One that it hasn't got

@@ -35,7 +35,10 @@ type Guard struct {
 	mu sync.Mutex
 	// owners are the grants of each uid.
 	owners map[uint32]map[uint64]bool
-	kfuncs map[string]btf.TypeID
+	// lost are the events that were lost of each owner and that nobody has been
+	// told of, and lostBefore those that the kernel had counted then.
+	lost, lostBefore map[uint32]int
+	kfuncs           map[string]btf.TypeID
 }
 
 // Unavailable is the error of Open where the kernel can't have the guard.
@@ -66,7 +69,7 @@ const (
 // The error is an *Unavailable where the guard can't work. That is found out by
 // loading it and having it do something, and nothing is left behind.
 func Open(dir string) (_ *Guard, err error) {
-	g := &Guard{owners: map[uint32]map[uint64]bool{}, kfuncs: map[string]btf.TypeID{}}
+	g := &Guard{owners: map[uint32]map[uint64]bool{}, lost: map[uint32]int{}, lostBefore: map[uint32]int{}, kfuncs: map[string]btf.TypeID{}}
 	_, statErr := os.Stat(dir)
 	created := errors.Is(statErr, fs.ErrNotExist)
 	defer func() {

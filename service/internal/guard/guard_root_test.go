@@ -799,6 +799,11 @@ func TestEvents(t *testing.T) {
 	if err != nil || usage.Lost == 0 {
 		t.Errorf("got %+v, %v", usage, err)
 	}
+	for _, want := range []int{usage.Lost, 0} {
+		if lost, err := g.Lost(); err != nil || lost[testtarget.Alice] != want {
+			t.Errorf("got %v, %v, want %d", lost, err, want)
+		}
+	}
 	if n := len(events); n > 500 {
 		t.Errorf("got %d events", n)
 	}

@@ -53,12 +53,18 @@ func (g *Guard) Learnt(id uint64) (*profile.Lesson, error) {
 			lesson.Helpers = append(lesson.Helpers, name)
 		}
 	}
-	for _, id := range l.Kfuncs[:min(int(l.KfuncCount), len(l.Kfuncs))] {
-		name, err := g.KfuncName(id)
-		if err != nil {
-			return nil, err
+	if l.KfuncCount == 0 {
+		return lesson, nil
+	}
+	ids := l.Kfuncs[:min(int(l.KfuncCount), len(l.Kfuncs))]
+	names, err := g.KfuncNames(ids)
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range ids {
+		if name := names[id]; name != "" { // else the kernel has refused the program
+			lesson.Kfuncs = append(lesson.Kfuncs, name)
 		}
-		lesson.Kfuncs = append(lesson.Kfuncs, name)
 	}
 	return lesson, nil
 }
