@@ -150,7 +150,7 @@ func TestLearn(t *testing.T) {
 			"Commands=btf_load", "Programs=kprobe", "Programs=cgroup_sock", "Attachments=cgroup_inet_sock_create",
 			"Capabilities=CAP_PERFMON", "Helpers=get_func_ip",
 		}},
-		"cilium/ebpf": {command: "ebpf-example"},
+		"cilium/ebpf": {command: "ebpf-example", spare: []string{"Programs=kprobe", "Capabilities=CAP_PERFMON"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			offer(t, nil)

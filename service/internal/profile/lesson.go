@@ -30,6 +30,9 @@ const (
 	noHelper = "map_lookup_elem"
 	// noKfunc is no function's name.
 	noKfunc = "none"
+	// leastObjects and leastMapBytes are the smallest quotas that are written.
+	leastObjects  = 32
+	leastMapBytes = 64 << 10
 	// perLine is how many words of a list stand in a line.
 	perLine = 8
 )
@@ -70,12 +73,12 @@ func (l *Lesson) Text(lease time.Duration) string {
 		l.calls(line, list)
 	}
 	// The kernel frees what was closed some time later: another run may have more
-	// at once.
-	line("# There were at most %d programs, and %d maps of %d bytes in all; twice as\n# much is allowed, for the kernel frees some time later.",
+	// at once, as of the programs that libraries try the kernel out with.
+	line("# There were at most %d programs, and %d maps of %d bytes in all. More is\n# allowed, for the kernel frees what is closed some time later.",
 		l.MaxPrograms, l.MaxMaps, l.MaxMapBytes)
-	line("MaxPrograms=%d", twice(uint64(l.MaxPrograms)))
-	line("MaxMaps=%d", twice(uint64(l.MaxMaps)))
-	line("MaxMapBytes=%d", max(4096, twice(l.MaxMapBytes)))
+	line("MaxPrograms=%d", max(leastObjects, twice(uint64(l.MaxPrograms))))
+	line("MaxMaps=%d", max(leastObjects, twice(uint64(l.MaxMaps))))
+	line("MaxMapBytes=%d", max(leastMapBytes, twice(l.MaxMapBytes)))
 
 	if l.Attach != (Attach{}) {
 		line("\n[Attach]")

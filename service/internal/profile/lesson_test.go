@@ -24,7 +24,7 @@ func TestLesson(t *testing.T) {
 			Lesson{
 				Commands: commands.mask("map_create prog_load"), Maps: mapTypes.mask("array"),
 				Programs: programs.mask("xdp"), Attachments: attachments.mask("cgroup_inet_ingress xdp"),
-				Helpers: []string{"map_lookup_elem"}, MaxPrograms: 3, MaxMaps: 1, MaxMapBytes: 5000,
+				Helpers: []string{"map_lookup_elem"}, MaxPrograms: 3, MaxMaps: 20, MaxMapBytes: 100_000,
 				Attach: Attach{Interfaces: ReachOwn},
 			},
 			Rights{
@@ -32,7 +32,7 @@ func TestLesson(t *testing.T) {
 				Programs: programs.mask("xdp"), Attachments: attachments.mask("cgroup_inet_ingress xdp"),
 				Capabilities: []string{capBPF, capNetAdmin},
 				Helpers:      Names{List: []string{"map_lookup_elem"}}, Kfuncs: Names{List: []string{noKfunc}},
-				MaxPrograms: 8, MaxMaps: 2, MaxMapBytes: 16384,
+				MaxPrograms: 32, MaxMaps: 64, MaxMapBytes: 262144,
 				Attach: Attach{Interfaces: ReachOwn},
 			},
 		},
@@ -41,7 +41,7 @@ func TestLesson(t *testing.T) {
 			Rights{
 				Programs: programs.mask("cgroup_skb"), Attachments: 1, Capabilities: []string{capBPF},
 				Helpers: Names{List: []string{noHelper}}, Kfuncs: Names{List: []string{noKfunc}},
-				MaxPrograms: 1, MaxMaps: 1, MaxMapBytes: 4096, Attach: Attach{Cgroups: ReachAny},
+				MaxPrograms: 32, MaxMaps: 32, MaxMapBytes: 65536, Attach: Attach{Cgroups: ReachAny},
 			},
 		},
 		"a helper that needs a capability": {
@@ -49,24 +49,24 @@ func TestLesson(t *testing.T) {
 			Rights{
 				Programs: programs.mask("socket_filter"), Attachments: 1, Capabilities: []string{capBPF, capPerfmon, capSysAdmin},
 				Helpers: Names{List: []string{"trace_printk", "probe_write_user"}}, Kfuncs: Names{List: []string{"bpf_x"}},
-				MaxPrograms: 1, MaxMaps: 1, MaxMapBytes: 4096,
+				MaxPrograms: 32, MaxMaps: 32, MaxMapBytes: 65536,
 			},
 		},
 		"functions of modules": {
 			Lesson{Programs: programs.mask("xdp"), Attachments: attachments.mask("xdp") | 1, Helpers: helpers, ModuleKfuncs: true},
 			Rights{
 				Programs: programs.mask("xdp"), Attachments: attachments.mask("xdp") | 1, Capabilities: []string{capBPF, capNetAdmin, capPerfmon, capSysAdmin},
-				Helpers: Names{List: helpers}, MaxPrograms: 1, MaxMaps: 1, MaxMapBytes: 4096,
+				Helpers: Names{List: helpers}, MaxPrograms: 32, MaxMaps: 32, MaxMapBytes: 65536,
 			},
 		},
 		"maps alone": {
 			Lesson{Commands: commands.mask("map_create"), Maps: mapTypes.mask("hash sockmap"), MaxMaps: 2, MaxMapBytes: 1 << 40},
 			Rights{
 				Commands: commands.mask("map_create"), Maps: mapTypes.mask("hash sockmap"), Capabilities: []string{capBPF, capNetAdmin},
-				MaxPrograms: 1, MaxMaps: 4, MaxMapBytes: 1 << 41,
+				MaxPrograms: 32, MaxMaps: 32, MaxMapBytes: 1 << 41,
 			},
 		},
-		"nothing": {Lesson{}, Rights{Capabilities: []string{capBPF}, MaxPrograms: 1, MaxMaps: 1, MaxMapBytes: 4096}},
+		"nothing": {Lesson{}, Rights{Capabilities: []string{capBPF}, MaxPrograms: 32, MaxMaps: 32, MaxMapBytes: 65536}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
