@@ -62,7 +62,7 @@ func Run(version string) error {
 	// Before READY=1, from which on systemd may send it.
 	reload := make(chan os.Signal, 1)
 	signal.Notify(reload, syscall.SIGHUP)
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	signals, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 
 	listener, err := listen()
@@ -102,7 +102,7 @@ func Run(version string) error {
 		return err
 	}
 
-	ctx, cancel := context.WithCancelCause(ctx)
+	ctx, cancel := context.WithCancelCause(signals)
 	var reloading sync.WaitGroup
 	// Before the broker is closed: it ends grants.
 	defer reloading.Wait()
@@ -139,7 +139,8 @@ func Run(version string) error {
 	notify(daemon.SdNotifyReady)
 	err = socket.Serve(ctx, listener)
 	cancel(nil)
-	if cause := context.Cause(ctx); cause != context.Canceled {
+	// A signal is what should end it.
+	if cause := context.Cause(ctx); cause != context.Canceled && signals.Err() == nil {
 		err = errors.Join(err, cause)
 	}
 	return errors.Join(err, <-served)
@@ -149,6 +150,9 @@ func Run(version string) error {
 // profiles that don't need it are served all the same.
 func openGuard() (*guard.Guard, error) {
 	g, err := guard.Open(guardDir)
+	if errors.Is(err, syscall.EROFS) {
+		err = &guard.Unavailable{Reason: "there is no directory for the guard", Remedy: "restart bpfbroker.socket, which makes it", Err: err}
+	}
 	var unavailable *guard.Unavailable
 	switch {
 	case errors.As(err, &unavailable):
@@ -156,8 +160,10 @@ func openGuard() (*guard.Guard, error) {
 	case err != nil:
 		slog.Error("there is no guard", "error", err)
 	}
-	// The kernel's types took more memory than all the rest.
-	debug.FreeOSMemory()
+	if err == nil {
+		// The kernel's types took more memory than all the rest.
+		debug.FreeOSMemory()
+	}
 	return g, err
 }
 

@@ -26,7 +26,10 @@ func (b *Broker) narrow(profiles *profile.Set) {
 	for _, g := range b.ledger.List(func(*grant.Grant) bool { return true }) {
 		p, err := profiles.Get(g.Profile)
 		switch {
-		case errors.Is(err, profile.ErrNotFound) || err == nil && exceeds(*g, p) || lost(*g):
+		case lost(*g):
+			slog.Warn("the guard has lost a grant: somebody has unloaded it", journal.KeyGrant, g.ID.String())
+			b.ledger.EndLater(g.ID, grant.Narrowed)
+		case errors.Is(err, profile.ErrNotFound) || err == nil && exceeds(*g, p):
 			b.ledger.EndLater(g.ID, grant.Narrowed)
 		case err != nil:
 			kept[g.Profile]++

@@ -17,6 +17,7 @@ import (
 	"sync"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
@@ -69,6 +70,9 @@ const (
 // The error is an *Unavailable where the guard can't work. That is found out by
 // loading it and having it do something, and nothing is left behind.
 func Open(dir string) (_ *Guard, err error) {
+	if err := refused(); err != nil {
+		return nil, unavailable(err)
+	}
 	g := &Guard{owners: map[uint32]map[uint64]bool{}, lost: map[uint32]int{}, lostBefore: map[uint32]int{}, kfuncs: map[string]btf.TypeID{}}
 	_, statErr := os.Stat(dir)
 	created := errors.Is(statErr, fs.ErrNotExist)
@@ -127,6 +131,22 @@ func Open(dir string) (_ *Guard, err error) {
 		}
 	}
 	return g, g.readOwners()
+}
+
+// refused returns EPERM where the kernel lets nobody load any LSM program. That
+// is seen before it looks at the program, and long before its types are read:
+// this one isn't for any hook.
+func refused() error {
+	p, err := ebpf.NewProgramWithOptions(&ebpf.ProgramSpec{
+		Type: ebpf.LSM, AttachType: ebpf.AttachLSMMac, Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()}, License: "GPL",
+	}, ebpf.ProgramOptions{LogDisabled: true})
+	if err == nil {
+		return p.Close()
+	}
+	if errors.Is(err, unix.EPERM) {
+		return unix.EPERM
+	}
+	return nil
 }
 
 // attach loads the programs, attaches them and pins them. A directory with
