@@ -172,7 +172,7 @@ TEST_PACKAGES = make clang llvm curl scdoc man-db dbus procps shellcheck libxml2
 # The same on Debian's kernels, in QEMU: suites alone, and a whole system.
 test-kernels:
 	test/setup make clang e2fsprogs xz-utils qemu-system-x86
-	cd test/kernels && $(GO) test -count=1 -tags kernels -timeout 25m
+	cd test/kernels && $(GO) test -count=1 -tags kernels -timeout 28m
 
 demo:
 	test/setup make clang
