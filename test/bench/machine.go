@@ -48,7 +48,7 @@ func build(ctx context.Context) error {
 // options installs the product and the measuring programs, and lets alice use
 // the profile, with an example from the documentation.
 func options(ctx context.Context) machines.Options {
-	product := machines.Product(ctx).Install
+	product := machines.Product(ctx, "").Install
 	return machines.Options{Install: func(root string) error {
 		if err := product(root); err != nil {
 			return err

@@ -58,7 +58,7 @@ func main() {
 
 func run(ctx context.Context) (err error) {
 	fmt.Println("Booting a Debian with systemd, D-Bus and polkit …")
-	m, err := machines.Boot(ctx, machines.Product(ctx))
+	m, err := machines.Boot(ctx, machines.Product(ctx, ""))
 	if err != nil {
 		return err
 	}

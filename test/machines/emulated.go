@@ -109,12 +109,12 @@ func (m *Machine) emulate(ctx context.Context, options Options, ready chan<- err
 	}
 	defer port.Close()
 
-	// See RunInKernel for the processor.
+	// See RunInKernel for the processor and its memory.
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64",
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-nic", "none",
 		"-accel", "tcg", "-cpu", "max,-cx16", "-smp", "1", "-m", "2048",
 		"-kernel", kernel.Path, "-initrd", "/dev/fd/3",
-		"-append", "console=ttyS0 quiet panic=-1 oops=panic systemd.getty_auto=no systemd.mask=getty@tty1.service "+
+		"-append", "console=ttyS0 quiet panic=-1 oops=panic slab_debug=F,kmalloc-* systemd.getty_auto=no systemd.mask=getty@tty1.service "+
 			"systemd.mask=machine-mounts.service", // which makes a container what this is
 		"-serial", "file:/dev/stdout",
 		"-drive", "if=virtio,format=raw,readonly=on,file=/dev/fd/4",

@@ -12,23 +12,19 @@ import (
 )
 
 // Product returns Options that install this checkout's product, as "make
-// install" does, and the tests' programs. The administrator of the machine has
-// said that every profile may do without the guard, because the host's kernel
-// refuses to load it.
-func Product(ctx context.Context) Options {
-	return Options{Install: func(root string) error {
+// install" does, and the tests' programs, for a machine with a kernel (see
+// Options). On the host's kernel, which refuses to load the guard, the
+// administrator has said that every profile may do without it.
+func Product(ctx context.Context, kernel string) Options {
+	return Options{Kernel: kernel, Install: func(root string) error {
 		for _, args := range [][]string{{"install", "PREFIX=/usr"}, {"install-programs"}} {
 			install := exec.CommandContext(ctx, "make", append([]string{"-C", checkout(), "DESTDIR=" + root}, args...)...)
 			if out, err := install.CombinedOutput(); err != nil {
 				return fmt.Errorf("cannot install: %w\n%s", err, out)
 			}
 		}
-		for _, profile := range []string{"basic", "network", "tracing", "unlimited"} {
-			dir := filepath.Join(root, "etc/bpfbroker/profiles.d", profile+".profile.d")
-			if err := os.MkdirAll(dir, 0o755); err != nil {
-				return err
-			}
-			if err := os.WriteFile(filepath.Join(dir, "guard.conf"), []byte("[Profile]\nGuard=optional\n"), 0o644); err != nil {
+		if kernel == "" {
+			if err := withoutGuard(root); err != nil {
 				return err
 			}
 		}
@@ -38,6 +34,20 @@ func Product(ctx context.Context) Options {
 		}
 		return nil
 	}}
+}
+
+// withoutGuard has the administrator accept every profile without the guard.
+func withoutGuard(root string) error {
+	for _, profile := range []string{"basic", "network", "tracing", "unlimited"} {
+		dir := filepath.Join(root, "etc/bpfbroker/profiles.d", profile+".profile.d")
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(dir, "guard.conf"), []byte("[Profile]\nGuard=optional\n"), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // checkout is the top of the source tree that this file was compiled from.

@@ -63,7 +63,7 @@ func TestDialogDismissed(t *testing.T) {
 	if code := exitCode(t, err); code != 77 || !strings.Contains(string(out), "dismissed") || !strings.Contains(string(out), "authenticate when asked") {
 		t.Errorf("exit status %d\n%s", code, out)
 	}
-	if asked := agent.String(); !strings.Contains(asked, "asked org.bpfbroker.token-unlimited: ") || !strings.Contains(asked, "the profile tracing.") {
+	if asked := agent.String(); !strings.Contains(asked, "asked org.bpfbroker.token-"+tiers["tracing"]+": ") || !strings.Contains(asked, "the profile tracing.") {
 		t.Errorf("the dialog: %s", asked)
 	}
 	// The same for a service of bob's own, while he is there.

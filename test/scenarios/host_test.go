@@ -7,4 +7,9 @@ package scenarios
 const (
 	kernel = "" // what the machine runs: the host's
 	slow   = 1  // how many times as long things take as on a real machine
+	// machineRules lets alice have the profile "network".
+	machineRules = "20-network-without-guard.rules"
 )
+
+// tiers are those of the profiles.
+var tiers = map[string]string{"basic": "tracing", "network": "unlimited", "tracing": "unlimited", "unlimited": "unlimited"}

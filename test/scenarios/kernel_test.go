@@ -9,4 +9,9 @@ package scenarios
 const (
 	kernel = "7.2" // what the machine runs
 	slow   = 5     // how many times as long things take as on a real machine
+	// machineRules lets alice have the profiles "basic" and "network".
+	machineRules = "10-bpf-group.rules"
 )
+
+// tiers are those of the profiles.
+var tiers = map[string]string{"basic": "basic", "network": "network", "tracing": "tracing", "unlimited": "unlimited"}

@@ -12,7 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -46,9 +45,7 @@ func TestMain(m *testing.M) {
 
 func testMain(ctx context.Context, m *testing.M) (code int, err error) {
 	machineContext = ctx
-	options := machines.Product(ctx)
-	options.Kernel = kernel
-	machine, err = machines.Boot(ctx, options)
+	machine, err = machines.Boot(ctx, machines.Product(ctx, kernel))
 	if err != nil {
 		return 1, err
 	}
@@ -56,7 +53,7 @@ func testMain(ctx context.Context, m *testing.M) (code int, err error) {
 	// alice may have the profile "network", by an example of the documentation;
 	// bob may have nothing.
 	out, err := machine.Command(ctx, "root", "sh", "-ec", `gpasswd --add alice bpf
-cp /usr/share/doc/bpfbroker/polkit/20-network-without-guard.rules /etc/polkit-1/rules.d/
+cp /usr/share/doc/bpfbroker/polkit/`+machineRules+` /etc/polkit-1/rules.d/
 echo root:secret | chpasswd
 # What the daemon opens once and keeps is open before anybody counts.
 runuser -u alice -- bpfbroker run -p network -- true`).CombinedOutput()
@@ -223,27 +220,25 @@ func start(t *testing.T, user, command string) (cmd *exec.Cmd, first string) {
 
 // traces counts what the product can leave behind.
 type traces struct {
-	mounts, files, processes, rows int
+	mounts, files, processes, rows, guarded int
 }
 
 // look counts the traces in the machine: mounts of BPF file systems, in whatever
-// namespace, the daemon's descriptors and helper processes, and the ledger.
-func look(t *testing.T) traces {
+// namespace, the daemon's descriptors and helper processes, the ledger, and what
+// the guard knows.
+func look(t *testing.T) (n traces) {
 	t.Helper()
 	run(t, "alice", "bpfbroker check") // the daemon runs, and has asked polkit
-	count := func(command string) int {
-		n, err := strconv.Atoi(strings.TrimSpace(must(t, "root", command)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return n
+	counts := must(t, "root", `
+cat /proc/[0-9]*/mountinfo 2>/dev/null | grep ' - bpf ' | cut -d' ' -f1 | sort -u | wc -l
+ls /proc/$(systemctl show -P MainPID bpfbroker.service)/fd | wc -l
+wc -l </sys/fs/cgroup/system.slice/bpfbroker.service/cgroup.procs
+ls /run/bpfbroker/grants | wc -l
+bpftool map dump pinned /sys/fs/bpf/bpfbroker/guard/maps/grants 2>/dev/null | grep -c '"key"' || true`)
+	if _, err := fmt.Sscan(counts, &n.mounts, &n.files, &n.processes, &n.rows, &n.guarded); err != nil {
+		t.Fatalf("%v: %s", err, counts)
 	}
-	return traces{
-		mounts:    count("cat /proc/[0-9]*/mountinfo 2>/dev/null | grep ' - bpf ' | cut -d' ' -f1 | sort -u | wc -l"),
-		files:     count("ls /proc/$(systemctl show -P MainPID bpfbroker.service)/fd | wc -l"),
-		processes: count("cat /sys/fs/cgroup/system.slice/bpfbroker.service/cgroup.procs | wc -l"),
-		rows:      count("ls /run/bpfbroker/grants | wc -l"),
-	}
+	return n
 }
 
 // leavesNothing checks that a test, and what it did to the daemon, leaves no
@@ -255,7 +250,7 @@ func leavesNothing(t *testing.T) {
 		var after traces
 		for range 100 {
 			after = look(t)
-			if after.mounts <= before.mounts && after.files <= before.files && after.processes <= before.processes && after.rows <= before.rows {
+			if after.mounts <= before.mounts && after.files <= before.files && after.processes <= before.processes && after.rows <= before.rows && after.guarded <= before.guarded {
 				return
 			}
 			time.Sleep(100 * time.Millisecond)

@@ -179,7 +179,7 @@ func TestUserUnitForged(t *testing.T) {
 	const tracing = "bpfbroker run --no-ask-password -p tracing -- true"
 	refused(t, "alice", tracing, 77, "(polkit)")
 	refused(t, "alice", fmt.Sprintf(service, "other")+tracing, 77, "(polkit)")
-	refused(t, "alice", fmt.Sprintf(service, "profiler")+"bpfbroker run --no-ask-password -p basic -- true", 77, "(polkit)")
+	refused(t, "alice", fmt.Sprintf(service, "profiler")+"bpfbroker run --no-ask-password -p unlimited -- true", 77, "(polkit)")
 
 	// alice can be that service by her manager, and by her control groups.
 	must(t, "alice", fmt.Sprintf(service, "profiler")+tracing)
