@@ -140,7 +140,7 @@ func TestNarrowing(t *testing.T) {
 	const dropIn = "/etc/bpfbroker/profiles.d/network.profile.d/narrow.conf"
 	t.Cleanup(func() { must(t, "root", "rm -f "+dropIn+"; systemctl reload bpfbroker.service") })
 	reload := func(text string) {
-		must(t, "root", "printf '"+text+"' >"+dropIn+"; systemctl reload bpfbroker.service")
+		must(t, "root", "mkdir -p $(dirname "+dropIn+") && printf '"+text+"' >"+dropIn+" && systemctl reload bpfbroker.service")
 	}
 	left := func(id string) string {
 		return must(t, "alice", "bpfbroker list --json=short | grep -o '\"id\":\""+id+"\".*' | grep -o '\"expires\":[0-9]*' | head -n1")
