@@ -138,9 +138,9 @@ func TestUnmountedAfterExit(t *testing.T) {
 func TestNarrowing(t *testing.T) {
 	leavesNothing(t)
 	const dropIn = "/etc/bpfbroker/profiles.d/network.profile.d/narrow.conf"
-	t.Cleanup(func() { must(t, "root", "rm -f "+dropIn+"; systemctl reload bpfbroker.service") })
+	t.Cleanup(func() { must(t, "root", "rm -f "+dropIn+"; systemctl try-reload-or-restart bpfbroker.service") })
 	reload := func(text string) {
-		must(t, "root", "mkdir -p $(dirname "+dropIn+") && printf '"+text+"' >"+dropIn+" && systemctl reload bpfbroker.service")
+		must(t, "root", "mkdir -p $(dirname "+dropIn+") && printf '"+text+"' >"+dropIn+" && systemctl try-reload-or-restart bpfbroker.service")
 	}
 	left := func(id string) string {
 		return must(t, "alice", "bpfbroker list --json=short | grep -o '\"id\":\""+id+"\".*' | grep -o '\"expires\":[0-9]*' | head -n1")
@@ -165,7 +165,7 @@ func TestNarrowing(t *testing.T) {
 	refused(t, "alice", "bpfbroker renew "+id, 1, "no such grant")
 
 	// The same when the daemon was away.
-	must(t, "root", "rm "+dropIn+"; systemctl reload bpfbroker.service")
+	must(t, "root", "rm "+dropIn+"; systemctl try-reload-or-restart bpfbroker.service")
 	_, id = mounted(t)
 	must(t, "root", "systemctl reset-failed bpfbroker.service; systemctl stop bpfbroker.service")
 	must(t, "root", `printf '[Guard]\nMaxMaps=1\n' >`+dropIn)

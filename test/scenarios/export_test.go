@@ -29,7 +29,7 @@ for name in execs syscall-latency tcp-connections; do ln -s /dev/null $name.obje
 systemctl reset-failed bpfbroker.service
 systemctl reload-or-restart bpfbroker.service
 rm *.object
-systemctl reload bpfbroker.service
+systemctl try-reload-or-restart bpfbroker.service
 ! ls /sys/fs/bpf/bpfbroker/objects | grep .`)
 	})
 	must(t, "root", `cat >`+rule+` <<'END'

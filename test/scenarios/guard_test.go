@@ -74,8 +74,8 @@ func denied(t *testing.T, reason, setting string) {
 func dropIn(t *testing.T, text string) {
 	t.Helper()
 	const dir = "/etc/bpfbroker/profiles.d/network.profile.d"
-	must(t, "root", "mkdir -p "+dir+" && printf '"+text+"' >"+dir+"/guard.conf && systemctl reload bpfbroker.service")
-	t.Cleanup(func() { must(t, "root", "rm "+dir+"/guard.conf; systemctl reload bpfbroker.service") })
+	must(t, "root", "mkdir -p "+dir+" && printf '"+text+"' >"+dir+"/guard.conf && systemctl try-reload-or-restart bpfbroker.service")
+	t.Cleanup(func() { must(t, "root", "rm "+dir+"/guard.conf; systemctl try-reload-or-restart bpfbroker.service") })
 }
 
 const asAlice = "bpfbroker run -p network -- "

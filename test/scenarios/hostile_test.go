@@ -73,7 +73,7 @@ func TestCheckConfig(t *testing.T) {
 		must(t, "root", "cat >/etc/bpfbroker/profiles.d/broken.profile <<'END'\n"+text+"\nEND")
 	}
 	t.Cleanup(func() {
-		must(t, "root", "rm -f /etc/bpfbroker/profiles.d/broken.profile; systemctl reload bpfbroker.service")
+		must(t, "root", "rm -f /etc/bpfbroker/profiles.d/broken.profile; systemctl try-reload-or-restart bpfbroker.service")
 	})
 	const check = "/usr/libexec/bpfbrokerd --check-config"
 	must(t, "root", check)
@@ -90,7 +90,7 @@ func TestCheckConfig(t *testing.T) {
 	must(t, "root", "head -c 1048576 /dev/zero | tr '\\0' '#' >/etc/bpfbroker/profiles.d/broken.profile")
 	refused(t, "root", check, 1, "broken.profile")
 	// The others are offered all the same.
-	must(t, "root", "systemctl reload bpfbroker.service")
+	must(t, "root", "systemctl try-reload-or-restart bpfbroker.service")
 	must(t, "alice", "bpfbroker run -p network -- true")
 	refused(t, "alice", "bpfbroker run -p broken -- true", 1, "broken.profile")
 }

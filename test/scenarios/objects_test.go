@@ -68,7 +68,7 @@ func TestOpenMap(t *testing.T) {
 	} {
 		refused(t, test.user, test.command, 1, test.text)
 	}
-	must(t, "root", "test -e /sys/fs/bpf/bpfbroker/objects/packets@*/links/count; rm /etc/bpfbroker/objects.d/packets.object; systemctl reload bpfbroker.service")
+	must(t, "root", "test -e /sys/fs/bpf/bpfbroker/objects/packets@*/links/count; rm /etc/bpfbroker/objects.d/packets.object; systemctl try-reload-or-restart bpfbroker.service")
 	if left := must(t, "root", "ls -A /sys/fs/bpf/bpfbroker/objects; ip -o link show lo | grep -o prog/xdp || true"); left != "" {
 		t.Errorf("left when the object has gone: %s", left)
 	}
@@ -184,7 +184,7 @@ func TestBadObject(t *testing.T) {
 	if record := journalHas(t, "BPFBROKER_OBJECT=packets", "PRIORITY=3"); !strings.Contains(record, "invalid mem access") {
 		t.Errorf("the journal: %s", record)
 	}
-	must(t, "root", "cp /usr/local/lib/kinds.bpf.o /home/bob/; chown bob: /home/bob/kinds.bpf.o; sed -i s,/usr/local/lib/bad,/home/bob/kinds, /etc/bpfbroker/objects.d/packets.object; systemctl reload bpfbroker.service")
+	must(t, "root", "cp /usr/local/lib/kinds.bpf.o /home/bob/; chown bob: /home/bob/kinds.bpf.o; sed -i s,/usr/local/lib/bad,/home/bob/kinds, /etc/bpfbroker/objects.d/packets.object; systemctl try-reload-or-restart bpfbroker.service")
 	refused(t, "root", open, 1, "/home/bob/kinds.bpf.o")
 	r := run(t, "root", "/usr/libexec/bpfbrokerd --check-config")
 	if r.code != 1 || !strings.Contains(r.err+r.out, "kinds.bpf.o: not owned by uid 0") {

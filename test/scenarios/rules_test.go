@@ -15,9 +15,9 @@ Description=Maps alone
 Commands=map_create
 Maps=array hash
 END
-systemctl reload bpfbroker.service`)
+systemctl try-reload-or-restart bpfbroker.service`)
 	t.Cleanup(func() {
-		must(t, "root", "rm /etc/bpfbroker/profiles.d/maps.profile; systemctl reload bpfbroker.service")
+		must(t, "root", "rm /etc/bpfbroker/profiles.d/maps.profile; systemctl try-reload-or-restart bpfbroker.service")
 	})
 }
 

@@ -14,9 +14,9 @@ import (
 // else does, unless the administrator has said otherwise.
 func TestGuardUnavailable(t *testing.T) {
 	leavesNothing(t)
-	must(t, "root", "mv /etc/bpfbroker/profiles.d/network.profile.d /tmp/ && systemctl reload bpfbroker.service")
+	must(t, "root", "mv /etc/bpfbroker/profiles.d/network.profile.d /tmp/ && systemctl try-reload-or-restart bpfbroker.service")
 	t.Cleanup(func() {
-		must(t, "root", "mv /tmp/network.profile.d /etc/bpfbroker/profiles.d/ && systemctl reload bpfbroker.service")
+		must(t, "root", "mv /tmp/network.profile.d /etc/bpfbroker/profiles.d/ && systemctl try-reload-or-restart bpfbroker.service")
 	})
 	refused(t, "alice", "bpfbroker run -p network -- true", 1, "(guard)")
 	refused(t, "root", "bpfbroker run -p network -- true", 1, "Guard=optional")
