@@ -9,6 +9,14 @@
 // program, a link), never from a descriptor's number, which another thread can
 // swap. Only LINK_UPDATE, PROG_ATTACH, PROG_DETACH and PROG_TEST_RUN give no
 // such thing to a hook: these are refused by who calls.
+//
+// Coarser than a profile's words, therefore: who is confined in what LINK_UPDATE
+// might touch gets none, nor PROG_ATTACH to his own cgroups (links he gets); with
+// programs for interfaces, PROG_TEST_RUN of any type only in an own network
+// namespace; and with Interfaces=own no devmap, nor links by a namespace nested
+// in the grant's to the devices of its own network namespace. Finer than this
+// nothing holds what netlink attaches in an own network namespace, also with
+// Interfaces=none.
 
 #include "kernel.h"
 
@@ -39,6 +47,7 @@ enum reason {
 	PERF_EVENT,	 // a program for a perf event
 	DESCRIPTOR,	 // a program's descriptor on its way out of the namespace
 	SLIP,		 // detail: the attach type; it was attached, the process is killed
+	SLIPPED_LINK,	 // detail: the link's id; the same
 };
 
 // Limits of one grant, written by the daemon.
@@ -74,7 +83,7 @@ struct token {
 	u64 grant;
 	u64 namespace;
 	u32 owner;
-	u32 confined; // bit per kind, and above them those that aren't
+	u32 confined; // bit per kind; above them those that aren't, and those that have their own
 };
 
 struct object {
@@ -186,14 +195,14 @@ struct {
 	__type(value, u64);
 } roots SEC(".maps");
 
-// How many tokens confine a user namespace or a uid, by kind and hash, and how
-// many let them reach anything. There is nothing to be removed, so nothing to
+// How many tokens confine a user namespace or a uid, by kind and hash, how many
+// let them reach anything, and how many their own. There is nothing to be removed, so nothing to
 // race for; two hashes that both collide confine a stranger, in what
 // confined() is asked for.
 #define SLOTS (1 << 16)
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 2 * KINDS * SLOTS);
+	__uint(max_entries, 3 * KINDS * SLOTS);
 	__type(key, u32);
 	__type(value, u32);
 } confinements SEC(".maps");
@@ -356,7 +365,7 @@ static always_inline void count_slot(u64 key, u32 kind, u64 factor, u32 change)
 
 static always_inline void count_confinement(const struct token *t, u32 change)
 {
-	for (u32 kind = 0; kind < 2 * KINDS; kind++) {
+	for (u32 kind = 0; kind < 3 * KINDS; kind++) {
 		if (!(t->confined & 1 << kind))
 			continue;
 		count_slot(t->namespace, kind, FIRST, change);
@@ -401,6 +410,15 @@ static __attribute__((noinline)) bool confined(u32 kind, u32 *owner)
 		return true;
 	uid = *owner = cred->euid.val;
 	return uid && is_confined(uid, kind);
+}
+
+// has_own says whether a grant lets the caller's user namespace, or who owns
+// that, reach its own targets of the kind.
+static always_inline bool has_own(u32 kind)
+{
+	struct user_namespace *ns = READ(credentials(), user_ns);
+
+	return has_tokens((u64)ns, kind + 2 * KINDS) || has_tokens(READ(ns, owner.val), kind + 2 * KINDS);
 }
 
 // in_own_network says whether the caller's network namespace belongs to its
@@ -535,9 +553,13 @@ int token_create(u64 *ctx)
 	g = bpf_map_lookup_elem(&grants, &t.grant);
 	if (!g || !live(g))
 		return refuse(t.grant, t.owner, LEASE, 0);
-	for (u32 kind = 0; kind < KINDS; kind++)
-		if (g->kinds & 1 << kind)
-			t.confined |= 1 << (g->reach[kind] == REACH_ANY ? kind + KINDS : kind);
+	for (u32 kind = 0; kind < KINDS; kind++) {
+		if (!(g->kinds & 1 << kind))
+			continue;
+		t.confined |= 1 << (g->reach[kind] == REACH_ANY ? kind + KINDS : kind);
+		if (g->reach[kind] == REACH_OWN)
+			t.confined |= 1 << (kind + 2 * KINDS);
+	}
 	used = bpf_map_lookup_elem(&usages, &t.grant);
 	user = bpf_map_lookup_elem(&users, &t.owner);
 	if (!used || !user)
@@ -834,7 +856,9 @@ enum {
 	MAP_PERCPU_HASH = 5,
 	MAP_PERCPU_ARRAY = 6,
 	MAP_LRU_PERCPU_HASH = 10,
+	MAP_DEVMAP = 14,
 	MAP_PERCPU_CGROUP_STORAGE = 21,
+	MAP_DEVMAP_HASH = 25,
 	MAP_STRUCT_OPS = 26,
 	MAP_RINGBUF = 27,
 	MAP_BLOOM_FILTER = 30,
@@ -885,6 +909,10 @@ int map_create(u64 *ctx)
 	g = bpf_map_lookup_elem(&grants, &t->grant);
 	if (!g || !live(g))
 		return refuse(t->grant, t->owner, LEASE, 0);
+	// It takes devices of whoever updates it, the host's from a thread that
+	// stays in the host's network namespace, and no hook sees which map that is.
+	if ((map->map_type == MAP_DEVMAP || map->map_type == MAP_DEVMAP_HASH) && g->reach[INTERFACES] != REACH_ANY)
+		return refuse(t->grant, t->owner, MAP_TYPE, map->map_type);
 	// An update of its only element attaches it.
 	if (map->map_type == MAP_STRUCT_OPS && g->reach[PROCESSES] != REACH_ANY)
 		return refuse(t->grant, t->owner, MAP_TYPE, MAP_STRUCT_OPS);
@@ -1135,6 +1163,30 @@ int file_alloc(u64 *ctx)
 	return -EPERM;
 }
 
+// Here the link is attached. Nothing was refused up to here, unless file_alloc
+// wasn't run for it, as another task was preempted in it on this processor. Who
+// keeps a task in there can do the same here, but needs both at once. What
+// shares the descriptors of a killed process keeps the link: the event says
+// which.
+SEC("fentry/bpf_link_settle")
+int link_settle(u64 *ctx)
+{
+	struct bpf_link_primer *primer = (void *)ctx[0];
+	u32 *state = linking_of(bpf_get_current_task_btf(), 0);
+	struct bpf_prog *prog;
+	struct token *t;
+
+	if (!state || !*state)
+		return 0;
+	*state = 0;
+	bpf_send_signal(SIGKILL);
+	prog = READ(READ(primer, link), prog);
+	t = prog ? token_of(READ(READ(prog, aux), token)) : 0;
+	if (t)
+		refuse(t->grant, t->owner, SLIPPED_LINK, READ(primer, id));
+	return 0;
+}
+
 // Whatever gives no link to look at.
 
 // prog_kind is the kind of target of PROG_ATTACH, or KINDS if that is the
@@ -1179,7 +1231,10 @@ static always_inline u32 link_kind(u32 attach_type)
 	case 42: // trace_kprobe_multi
 	case 44: // struct_ops
 	case 56: // trace_kprobe_session
-	case 57: // trace_uprobe_session
+	case 58: // trace_fsession
+	case 59: // trace_fentry_multi
+	case 60: // trace_fexit_multi
+	case 61: // trace_fsession_multi
 		return PROCESSES;
 	}
 	return KINDS;
@@ -1261,7 +1316,7 @@ int command(u64 *ctx)
 		kind = prog_kind(attach.type);
 		if (kind == KINDS || !confined(kind, &owner))
 			return 0;
-		if (kind == INTERFACES && attach.type != 16 && in_own_network())
+		if (kind == INTERFACES && attach.type != 16 && in_own_network() && has_own(kind))
 			return 0;
 		break;
 	case CMD_PROG_TEST_RUN:

@@ -115,6 +115,7 @@ const (
 	GuardProgFileIoctlCompat = "file_ioctl_compat"
 	GuardProgFileReceive     = "file_receive"
 	GuardProgLinkPrime       = "link_prime"
+	GuardProgLinkSettle      = "link_settle"
 	GuardProgMapCreate       = "map_create"
 	GuardProgMapDescriptor   = "map_descriptor"
 	GuardProgMapFree         = "map_free"
@@ -188,6 +189,7 @@ type GuardProgramSpecs struct {
 	FileIoctlCompat *ebpf.ProgramSpec `ebpf:"file_ioctl_compat"`
 	FileReceive     *ebpf.ProgramSpec `ebpf:"file_receive"`
 	LinkPrime       *ebpf.ProgramSpec `ebpf:"link_prime"`
+	LinkSettle      *ebpf.ProgramSpec `ebpf:"link_settle"`
 	MapCreate       *ebpf.ProgramSpec `ebpf:"map_create"`
 	MapDescriptor   *ebpf.ProgramSpec `ebpf:"map_descriptor"`
 	MapFree         *ebpf.ProgramSpec `ebpf:"map_free"`
@@ -314,6 +316,7 @@ type GuardPrograms struct {
 	FileIoctlCompat *ebpf.Program `ebpf:"file_ioctl_compat"`
 	FileReceive     *ebpf.Program `ebpf:"file_receive"`
 	LinkPrime       *ebpf.Program `ebpf:"link_prime"`
+	LinkSettle      *ebpf.Program `ebpf:"link_settle"`
 	MapCreate       *ebpf.Program `ebpf:"map_create"`
 	MapDescriptor   *ebpf.Program `ebpf:"map_descriptor"`
 	MapFree         *ebpf.Program `ebpf:"map_free"`
@@ -337,6 +340,7 @@ func (p *GuardPrograms) Close() error {
 		p.FileIoctlCompat,
 		p.FileReceive,
 		p.LinkPrime,
+		p.LinkSettle,
 		p.MapCreate,
 		p.MapDescriptor,
 		p.MapFree,

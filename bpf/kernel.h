@@ -181,6 +181,11 @@ struct bpf_link {
 	struct bpf_prog *prog;
 } CORE;
 
+struct bpf_link_primer {
+	struct bpf_link *link;
+	u32 id;
+} CORE;
+
 typedef struct CORE {
 	struct net *net;
 } possible_net_t;

@@ -145,7 +145,9 @@ func record(t *testing.T, kernel, pkg string, took time.Duration) {
 }
 
 var (
-	passed  = regexp.MustCompile(`(?m)^--- PASS: `)
+	passed = regexp.MustCompile(`(?m)^--- PASS: `)
+	// What the guard's matrix sums up to.
+	matrix  = regexp.MustCompile(`(?m)^matrix: .*`)
 	skipped = regexp.MustCompile(`(?m)^\s*--- SKIP: `)
 )
 
@@ -171,6 +173,9 @@ func runSuite(t *testing.T, kernel, pkg string) {
 		err = fmt.Errorf("exit code %d", code)
 	}
 	check(t, output, err)
+	for _, line := range matrix.FindAll(output, -1) {
+		fmt.Printf("%s %s\n", kernel, line)
+	}
 }
 
 // compile has the go command make a static program, from the top of the source tree.

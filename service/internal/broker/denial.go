@@ -34,6 +34,9 @@ func denial(e guard.Event) (what, setting string) {
 	case guard.QuotaTokens:
 		return "too many tokens", ""
 	case guard.MapType:
+		if name := profile.MapName(e.Detail); name != "struct_ops" {
+			return fmt.Sprintf("a map of type %s, which reaches other devices", name), "[Attach] Interfaces="
+		}
 		return fmt.Sprintf("a map of type %s, which attaches programs", profile.MapName(e.Detail)), "[Attach] Processes="
 	case guard.Link:
 		return fmt.Sprintf("a link of type %d beyond what the profile lets programs be attached to", e.Detail), "[Attach]"
@@ -43,6 +46,10 @@ func denial(e guard.Event) (what, setting string) {
 		return "a program for a perf event", "[Attach] Processes="
 	case guard.Descriptor:
 		return "a program's descriptor leaving its user namespace", ""
+	case guard.Slip:
+		return "a program was attached beyond what the profile lets it; its process was killed", "[Attach]"
+	case guard.SlippedLink:
+		return fmt.Sprintf("link %d was attached beyond what the profile lets it; its process was killed", e.Detail), "[Attach]"
 	}
 	return e.Reason.String(), ""
 }

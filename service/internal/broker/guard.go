@@ -209,6 +209,11 @@ func (b *Broker) guardSays(g guard.Event) {
 		journal.ProgramLoaded.Log(context.Background(), append(attrs, slog.String(journal.KeyTag, e.Tag))...)
 		return
 	}
+	if g.Reason == guard.SlippedLink {
+		if err := guard.DetachLink(g.Detail); err != nil {
+			slog.Error("cannot undo what a grant attached", journal.KeyGrant, e.Grant.String(), "error", err)
+		}
+	}
 	b.history.deny(b.guardDenial(g, e))
 	journal.GuardDenied.Log(context.Background(), append(attrs, slog.String(journal.KeyReason, e.Reason), slog.String(journal.KeySetting, e.Setting))...)
 }

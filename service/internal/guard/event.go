@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/ringbuf"
 	"golang.org/x/sys/unix"
 
@@ -38,11 +39,13 @@ const (
 	Command                         // the bpf command, of a caller whose grant isn't known
 	PerfEvent                       // 0
 	Descriptor                      // 0; a program's descriptor leaving its namespace
+	Slip                            // the attach type; a program was attached, the process killed
+	SlippedLink                     // the link's id; it was attached, the process killed
 )
 
 var reasons = [...]string{
 	"", "loaded", "lease", "namespace", "capability", "helper", "kfunc", "module-kfunc", "quota-programs", "quota-maps",
-	"quota-map-bytes", "quota-tokens", "map-type", "link", "command", "perf-event", "descriptor", "slip",
+	"quota-map-bytes", "quota-tokens", "map-type", "link", "command", "perf-event", "descriptor", "slip", "slipped-link",
 }
 
 // String gives the reason in lower case, as in "quota-maps".
@@ -105,6 +108,24 @@ func (g *Guard) Events(ctx context.Context, what func(Event)) error {
 			Name: text(e.Name), Tag: e.Tag,
 		})
 	}
+}
+
+// DetachLink takes back what a SlippedLink attached, also from who shares the
+// killed process's descriptors. Links of some types can't be detached: those
+// end with their last descriptor.
+func DetachLink(id uint64) error {
+	l, err := link.NewFromID(link.ID(id))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("cannot open link %d: %w", id, err)
+	}
+	defer l.Close()
+	if err := l.Detach(); err != nil {
+		return fmt.Errorf("cannot detach link %d: %w", id, err)
+	}
+	return nil
 }
 
 func text(chars [16]int8) string {

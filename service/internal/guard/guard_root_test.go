@@ -14,11 +14,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
-	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -139,6 +137,12 @@ func release(t testing.TB, id uint64) {
 
 func filesystem(t testing.TB, p *testtarget.Process, owner uint32) *os.File {
 	t.Helper()
+	all := ^uint64(0)
+	return filesystemWith(t, p, owner, kernel.Delegation{Commands: all, Maps: all, Programs: all, Attachments: all})
+}
+
+func filesystemWith(t testing.TB, p *testtarget.Process, owner uint32, d kernel.Delegation) *os.File {
+	t.Helper()
 	pidfd := p.Dup()
 	process, err := kernel.NewProcess(pidfd)
 	if err != nil {
@@ -150,8 +154,7 @@ func filesystem(t testing.TB, p *testtarget.Process, owner uint32) *os.File {
 		t.Fatal(err)
 	}
 	defer n.Close()
-	all := ^uint64(0)
-	f, err := kernel.Delegate(n, kernel.Delegation{Commands: all, Maps: all, Programs: all, Attachments: all}, owner)
+	f, err := kernel.Delegate(n, d, owner)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -468,17 +471,7 @@ func TestAttach(t *testing.T) {
 // themselves, and of a tracepoint that everybody passes.
 func TestPerfEvent(t *testing.T) {
 	g := open(t)
-	if err := unix.Mount("tracefs", "/sys/kernel/tracing", "tracefs", 0, ""); err != nil && err != unix.EBUSY {
-		t.Fatal(err)
-	}
-	text, err := os.ReadFile("/sys/kernel/tracing/events/sched/sched_switch/id")
-	if err != nil {
-		t.Fatal(err)
-	}
-	tracepoint, err := strconv.Atoi(strings.TrimSpace(string(text)))
-	if err != nil {
-		t.Fatal(err)
-	}
+	tracepoint := tracepointID(t, "sched/sched_switch")
 	const no = unix.EPERM
 	for name, test := range map[string]struct {
 		reach                     profile.Reach
@@ -491,16 +484,7 @@ func TestPerfEvent(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			target := testtarget.New(t, testtarget.Alice)
 			grant(t, g, target, confinedTo(test.reach))
-			event := func(kind uint32, config uint64) *os.File {
-				attr := unix.PerfEventAttr{Type: kind, Config: config, Sample: 1_000_000, Size: uint32(unsafe.Sizeof(unix.PerfEventAttr{}))}
-				fd, err := unix.PerfEventOpen(&attr, target.PID, -1, -1, unix.PERF_FLAG_FD_CLOEXEC)
-				if err != nil {
-					t.Fatal(err)
-				}
-				f := os.NewFile(uintptr(fd), "event")
-				t.Cleanup(func() { f.Close() })
-				return f
-			}
+			event := func(kind uint32, config uint64) *os.File { return perfEvent(t, target, kind, config) }
 			clock := func() *os.File { return event(unix.PERF_TYPE_SOFTWARE, unix.PERF_COUNT_SW_CPU_CLOCK) }
 			expect(t, target, 0, "load", loading(program{Type: typePerfEvent, Instructions: []uint64{zero, exit}}))
 			expect(t, target, test.own, "link", []string{"", strconv.Itoa(attachPerfEvent)}, clock())

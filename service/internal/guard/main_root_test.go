@@ -294,6 +294,7 @@ type program struct {
 	Type, Attach uint32
 	Instructions []uint64
 	BTF          uint32
+	Flags        uint32
 }
 
 // targetOf is the file that came along, or the first argument.
@@ -346,6 +347,9 @@ func createMap(kind, entries uint32) (int, error) {
 	if kind == mapRingbuf {
 		attr.key, attr.value = 0, 0
 	}
+	if kind == mapDevmap || kind == mapDevmapHash {
+		attr.value = 4
+	}
 	attr.token, attr.flags = tokenFD()
 	return call(0, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
 }
@@ -360,14 +364,15 @@ func load(p program) (int, error) {
 		name                  [16]byte
 		_                     uint32
 		attachType            uint32
-		_                     [8]uint32
-		attachBTF             uint32
 		_                     [9]uint32
+		attachBTF             uint32
+		_                     [8]uint32
 		token                 uint32
 		_                     uint32
 	}{kind: p.Type, count: uint32(len(p.Instructions)), instructions: (*byte)(unsafe.Pointer(&p.Instructions[0])), license: &license[0], attachType: p.Attach, attachBTF: p.BTF}
 	copy(attr.name[:], "hostile")
 	attr.token, attr.flags = tokenFD()
+	attr.flags |= p.Flags
 	fd, err := call(5, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
 	for err == unix.EAGAIN { // a signal came, the runtime's for one
 		fd, err = call(5, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
