@@ -75,7 +75,6 @@ func TestNested(t *testing.T) {
 	expect(t, nested, unix.EPERM, "attach", []string{"", strconv.Itoa(attachEgress)}, root)
 	hand(simple[typeRawTP])
 	expect(t, nested, unix.EPERM, "raw", []string{"sys_enter"})
-	hand(simple[typeXDP])
 	// Its own network namespace isn't tried: see the guard's gaps.
 	nested.Kill()
 	expect(t, target, 0, "dropall", nil)
