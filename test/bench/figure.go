@@ -80,13 +80,18 @@ func (f figure) atLeast(bound float64) figure {
 	return f
 }
 
+func (f figure) within(low, high float64) figure {
+	f.Bound, f.OK = fmt.Sprintf("%g … %g", low, high), low <= f.Value && f.Value <= high
+	return f
+}
+
 // line is the figure's row of the last table.
 func (f figure) line() string {
 	verdict := "ok"
 	if !f.OK {
 		verdict = "OVER"
 	}
-	return fmt.Sprintf("%-55s %8.2f %-4s %8s  %s", f.Name, f.Value, f.Unit, f.Bound, verdict)
+	return fmt.Sprintf("%-55s %8.2f %-4s %11s  %s", f.Name, f.Value, f.Unit, f.Bound, verdict)
 }
 
 // String shows the figure with its sides.

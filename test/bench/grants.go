@@ -20,8 +20,8 @@ func (b *bench) bus(ctx context.Context) (_ []figure, err error) {
 		return programs.start(b.Command(ctx, "alice", "unshare", append([]string{"-Urm", programDir + "/acquire"}, args...)...))
 	}
 	sides, err := interleave(10, 300,
-		side{"a token over the bus", acquire("bus", profile)},
-		side{"a token over the socket", acquire("socket", socket, profile)},
+		side{"a token over the bus", acquire("token", "bus", profile)},
+		side{"a token over the socket", acquire("token", "socket", profile)},
 	)
 	if err != nil {
 		return nil, err
@@ -113,7 +113,7 @@ bpfbroker list --all --no-legend | wc -l | grep -qx %d`, count, count)
 				return nil, err
 			}
 			var programs group
-			measured, err := interleave(5, 50, side{sides[i].Name, programs.start(b.Command(ctx, "root", programDir+"/acquire", "list"))})
+			measured, err := interleave(5, 50, side{sides[i].Name, programs.start(b.Command(ctx, "root", programDir+"/acquire", "list", "bus"))})
 			if err := errors.Join(err, programs.close()); err != nil {
 				return nil, err
 			}

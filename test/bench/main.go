@@ -25,6 +25,8 @@ const (
 	socket  = "/run/bpfbroker/org.bpfbroker.Broker"
 	profile = "network"
 	uid     = "1000" // alice's
+	// commandUnit is that of machines.Machine.Command.
+	commandUnit = "machine-command.service"
 )
 
 var errOver = errors.New("a figure is over its bound")
@@ -53,6 +55,7 @@ func run(ctx context.Context) (err error) {
 	var figures []figure
 	for _, measure := range []func(context.Context) ([]figure, error){
 		b.token, b.unit, b.command, b.activation, b.container, b.crowd, b.bus, b.many, b.list,
+		b.openMap, b.readMap, b.boot,
 	} {
 		measured, err := measure(ctx)
 		if err != nil {
@@ -132,11 +135,10 @@ func (b *bench) polkitArgs(ctx context.Context) ([]string, error) {
 		return nil, fmt.Errorf("cannot read the profile's description: %w", err)
 	}
 	p := reply.Profile
-	const unit = "machine-command.service" // of machines.Machine.Command
 	return []string{
-		uid, "org.bpfbroker.token-" + p.Tier,
+		"unix-process", uid, "org.bpfbroker.token-" + p.Tier,
 		"profile=" + profile, "tier=" + p.Tier, "guard=absent", "programs=" + strings.Join(p.Programs, " "),
-		"target.uid=" + uid, "target.unit=" + unit, "target.user-unit=", "peer.unit=" + unit, "peer.user-unit=",
+		"target.uid=" + uid, "target.unit=" + commandUnit, "target.user-unit=", "peer.unit=" + commandUnit, "peer.user-unit=",
 	}, nil
 }
 

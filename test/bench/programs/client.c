@@ -4,9 +4,11 @@
 //
 //	client call SOCKET          from the connection to the answer of GetInfo
 //	client token SOCKET PROFILE from the connection to the token
+//	client lookups SOCKET OBJECT MAP UID PIN
+//	                            1000 lookups in a published map
 //	client crowd SOCKET PROFILE COUNT
 //
-// The first two take samples. For a token the client has to be in namespaces
+// All but the last take samples. For a token the client has to be in namespaces
 // of its user's. A crowd is that many processes, each of which makes
 // namespaces of its own and gets a token; it prints their number when all of
 // them have one, and lives until the end of its input.
@@ -14,7 +16,9 @@
 #include <sched.h>
 #include <sys/prctl.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 
+#include <linux/bpf.h>
 #include <signal.h>
 
 #include "sample.h"
@@ -118,6 +122,59 @@ static void join(const char *path, const char *profile)
 	close(pair[0]);
 }
 
+// open_published opens a map for reading as a user without rights. It is a child
+// that asks, which shares its descriptors with us.
+static int open_published(const char *path, const char *object, const char *map, int uid)
+{
+	char request[256];
+	pid_t pid = syscall(SYS_clone, CLONE_FILES | SIGCHLD, 0, 0, 0, 0);
+	int status;
+
+	check(pid >= 0, "start a child");
+	if (pid == 0) {
+		int s;
+
+		check(setresgid(uid, uid, uid) == 0 && setresuid(uid, uid, uid) == 0, "become a user");
+		snprintf(request, sizeof(request),
+			 "{\"method\":\"org.bpfbroker.Broker.OpenMap\",\"parameters\":"
+			 "{\"object\":\"%s\",\"map\":\"%s\",\"access\":\"read-only\"}}", object, map);
+		s = dial(path);
+		_exit(call(s, request));
+	}
+	check(waitpid(pid, &status, 0) == pid && WIFEXITED(status) && WEXITSTATUS(status) > 2, "open a published map");
+	return WEXITSTATUS(status);
+}
+
+static int64_t look_up(int map)
+{
+	uint32_t key = 0;
+	uint64_t value;
+	union bpf_attr attr = {.map_fd = map, .key = (uintptr_t)&key, .value = (uintptr_t)&value};
+	int64_t start = now();
+
+	for (int i = 0; i < 1000; i++)
+		check(syscall(SYS_bpf, BPF_MAP_LOOKUP_ELEM, &attr, sizeof(attr)) == 0, "look up");
+	return now() - start;
+}
+
+// lookups takes turns: first the user with the broker's descriptor, then root
+// with its own.
+static void lookups(int published, int uid, const char *pin)
+{
+	union bpf_attr attr = {.pathname = (uintptr_t)pin};
+	int own = syscall(SYS_bpf, BPF_OBJ_GET, &attr, sizeof(attr));
+
+	check(own >= 0, "open the pin");
+	while (wanted()) {
+		check(seteuid(uid) == 0, "become a user");
+		answer(look_up(published));
+		check(seteuid(0) == 0, "become root");
+		if (!wanted())
+			break;
+		answer(look_up(own));
+	}
+}
+
 int main(int argc, char **argv)
 {
 	if (argc == 3 && !strcmp(argv[1], "call")) {
@@ -135,6 +192,10 @@ int main(int argc, char **argv)
 			answer(now() - start);
 			close(token);
 		}
+	} else if (argc == 7 && !strcmp(argv[1], "lookups")) {
+		int user = atoi(argv[5]);
+
+		lookups(open_published(argv[2], argv[3], argv[4], user), user, argv[6]);
 	} else if (argc == 5 && !strcmp(argv[1], "crowd")) {
 		int count = atoi(argv[4]);
 

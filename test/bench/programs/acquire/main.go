@@ -3,12 +3,14 @@
 // Command acquire takes samples (sample.h) of calls on a connection that stands,
 // from the call's first byte until the whole answer is there:
 //
-//	acquire socket SOCKET PROFILE   a token, over the socket
-//	acquire bus PROFILE             a token, over the bus
-//	acquire list                    the grants of all users, over the bus
+//	acquire token FRONT PROFILE   a token
+//	acquire map FRONT             the map "packets" of the object "bench"
+//	acquire ping FRONT            an answer
+//	acquire list bus              the grants of all users
 //
-// For a token it has to be in namespaces of its user's. Nothing but system calls
-// is between it and the connection, and what it sends is made beforehand.
+// FRONT is socket or bus. For a token it has to be in namespaces of its user's.
+// Nothing but system calls is between it and the connection, and what it sends is
+// made beforehand.
 package main
 
 import (
@@ -28,19 +30,10 @@ import (
 )
 
 func main() {
-	args := os.Args[1:]
-	var sample func() error
-	var err error
-	switch {
-	case len(args) == 3 && args[0] == "socket":
-		sample, err = overSocket(args[1], args[2])
-	case len(args) == 2 && args[0] == "bus":
-		sample, err = overBus("AcquireToken", args[1], map[string]dbus.Variant{})
-	case len(args) == 1 && args[0] == "list":
-		sample, err = overBus("ListGrants", map[string]dbus.Variant{"all": dbus.MakeVariant(true)})
-	default:
-		err = errors.New("see main.go")
+	if len(os.Args) < 3 {
+		log.Fatal("see main.go")
 	}
+	sample, err := sampler(os.Args[1], os.Args[2], strings.Join(os.Args[3:], " "))
 	input := bufio.NewScanner(os.Stdin)
 	for err == nil && input.Scan() {
 		start := time.Now()
@@ -50,6 +43,35 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
+}
+
+const (
+	brokerSocket  = "/run/bpfbroker/org.bpfbroker.Broker"
+	brokerName    = "org.bpfbroker.Broker1"
+	brokerPath    = "/org/bpfbroker/Broker1"
+	brokerManager = "org.bpfbroker.Broker1.Manager"
+)
+
+// sampler returns what makes a call and takes the file that comes with its answer.
+func sampler(what, front, profile string) (func() error, error) {
+	none := map[string]dbus.Variant{}
+	switch what + " " + front {
+	case "token socket":
+		return overSocket((*conn).token, "org.bpfbroker.Broker.AcquireToken", fmt.Sprintf(`{"profile":%q}`, profile))
+	case "token bus":
+		return overBus((*conn).token, brokerManager, "AcquireToken", profile, none)
+	case "map socket":
+		return overSocket((*conn).closeFile, "org.bpfbroker.Broker.OpenMap", `{"object":"bench","map":"packets","access":"read-only"}`)
+	case "map bus":
+		return overBus((*conn).closeFile, brokerManager, "OpenMap", "bench", "packets", "read-only", none)
+	case "ping socket":
+		return overSocket((*conn).nothing, "org.varlink.service.GetInfo", "{}")
+	case "ping bus":
+		return overBus((*conn).nothing, "org.freedesktop.DBus.Peer", "Ping")
+	case "list bus":
+		return overBus((*conn).nothing, brokerManager, "ListGrants", map[string]dbus.Variant{"all": dbus.MakeVariant(true)})
+	}
+	return nil, errors.New("see main.go")
 }
 
 // conn is a connection with one call under way.
@@ -102,12 +124,18 @@ func (c *conn) token() error {
 	return errors.Join(unix.Close(int(token)), unix.Close(directory), unix.Close(c.file))
 }
 
-func overSocket(path, profile string) (func() error, error) {
-	c, err := dial(path)
+// closeFile gives up the file that came.
+func (c *conn) closeFile() error { return unix.Close(c.file) }
+
+// nothing is for answers that have no file.
+func (c *conn) nothing() error { return nil }
+
+func overSocket(take func(*conn) error, method, parameters string) (func() error, error) {
+	c, err := dial(brokerSocket)
 	if err != nil {
 		return nil, err
 	}
-	call := fmt.Appendf(nil, `{"method":"org.bpfbroker.Broker.AcquireToken","parameters":{"profile":%q}}`+"\x00", profile)
+	call := fmt.Appendf(nil, `{"method":%q,"parameters":%s}`+"\x00", method, parameters)
 	return func() error {
 		if _, err := unix.Write(c.fd, call); err != nil {
 			return err
@@ -118,11 +146,11 @@ func overSocket(path, profile string) (func() error, error) {
 		if bytes.Contains(c.buffer[:c.length], []byte(`"error"`)) {
 			return fmt.Errorf("refused: %s", c.buffer[:c.length])
 		}
-		return c.token()
+		return take(c)
 	}, nil
 }
 
-func overBus(member string, args ...any) (func() error, error) {
+func overBus(take func(*conn) error, iface, member string, args ...any) (func() error, error) {
 	c, err := dial("/run/dbus/system_bus_socket")
 	if err != nil {
 		return nil, err
@@ -151,7 +179,7 @@ func overBus(member string, args ...any) (func() error, error) {
 	if err := c.receive(func(b []byte) bool { return len(b) >= size(b) && len(b) >= size(b)+size(b[size(b):]) }); err != nil {
 		return nil, err
 	}
-	call, err := encode("org.bpfbroker.Broker1", "/org/bpfbroker/Broker1", "org.bpfbroker.Broker1.Manager", member, args...)
+	call, err := encode(brokerName, brokerPath, iface, member, args...)
 	if err != nil {
 		return nil, err
 	}
@@ -165,10 +193,7 @@ func overBus(member string, args ...any) (func() error, error) {
 		if dbus.Type(c.buffer[1]) != dbus.TypeMethodReply {
 			return fmt.Errorf("refused: %q", c.buffer[:c.length])
 		}
-		if member == "AcquireToken" {
-			return c.token()
-		}
-		return nil
+		return take(c)
 	}, nil
 }
 
