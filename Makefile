@@ -84,10 +84,10 @@ endif
 	$(BUILD)/bpfbroker completion fish >$(DESTDIR)$(DATADIR)/fish/vendor_completions.d/bpfbroker.fish
 
 # What the tests run in their machines.
-install-programs: $(BUILD)/count.bpf.o
+install-programs: $(BUILD)/count.bpf.o $(BUILD)/exits.bpf.o
 	$(GOBUILD) -o $(BUILD)/programs/ ./test/programs/...
 	install -D -m 0755 -t $(DESTDIR)/usr/local/bin $(BUILD)/programs/*
-	install -D -m 0644 -t $(DESTDIR)/usr/local/lib $(BUILD)/count.bpf.o service/internal/catalog/testdata/*.bpf.o
+	install -D -m 0644 -t $(DESTDIR)/usr/local/lib $(BUILD)/count.bpf.o $(BUILD)/exits.bpf.o service/internal/catalog/testdata/*.bpf.o
 
 $(BUILD)/%.bpf.o: test/programs/%.bpf.c
 	mkdir -p $(BUILD)

@@ -77,8 +77,8 @@ func (b *bench) boot(ctx context.Context) (_ []figure, err error) {
 	const objects = 20
 	prepare := fmt.Sprintf(`mkdir /run/elf
 for i in $(seq %d); do
-	cp /usr/lib/bpfbroker/objects/execs.bpf.o /run/elf/$i.bpf.o
-	printf '[Object]\nFile=/run/elf/%%d.bpf.o\nLoad=boot\n[Map totals]\nAccess=read-only\n' $i >/run/elf/boot$i.object
+	cp /usr/local/lib/exits.bpf.o /run/elf/$i.bpf.o
+	printf '[Object]\nFile=/run/elf/%%d.bpf.o\nLoad=boot\n[Map exits]\nAccess=read-only\n' $i >/run/elf/boot$i.object
 done
 cat >/run/elf/bpftool.sh <<'EOF'
 mkdir /sys/fs/bpf/bench
