@@ -76,11 +76,6 @@ func Run(version string) error {
 	if err := os.MkdirAll(stateDir, 0o700); err != nil {
 		return fmt.Errorf("cannot make the ledger's directory: %w", err)
 	}
-	objects, err := catalog.New(objectsDir, objectUsersDir)
-	if err != nil {
-		return err
-	}
-	defer objects.Close()
 	polkit := authority.New()
 	defer polkit.Close()
 	g, noGuard := openGuard()
@@ -89,6 +84,11 @@ func Run(version string) error {
 		return err
 	}
 	defer b.Close()
+	objects, err := catalog.New(objectsDir, objectUsersDir)
+	if err != nil {
+		return err
+	}
+	defer objects.Close()
 	b.Publish(objects)
 	// Before READY=1: what is loaded at boot is there for units after this one.
 	b.SetObjects(catalog.Load(catalog.DefaultDirs()))

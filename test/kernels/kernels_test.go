@@ -168,6 +168,8 @@ func runSuite(t *testing.T, kernel, pkg string) {
 	output, code, err := machines.RunInKernel(ctx, image, map[string]string{
 		"/suite":                  suite,
 		"/usr/libexec/bpfbrokerd": daemon,
+		// What the broker's tests publish, where they find it here.
+		"/catalog/testdata/kinds.bpf.o": "../../service/internal/catalog/testdata/kinds.bpf.o",
 	}, []string{"/suite", "-test.v", "-test.timeout=" + suiteTime.String()}, []string{"CI=true"})
 	if err == nil && code != 0 {
 		err = fmt.Errorf("exit code %d", code)

@@ -3,13 +3,15 @@
 package scenarios
 
 import (
+	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"strings"
 	"testing"
 )
 
-// publish writes an object file, lets bob read what objects publish, and takes
-// both away at the end.
+// publish writes an object file, lets bob read the map packets of it and everybody
+// the map everybody, and takes all that away at the end.
 func publish(t *testing.T, name, text string) {
 	t.Helper()
 	t.Cleanup(func() {
@@ -20,7 +22,7 @@ func publish(t *testing.T, name, text string) {
 cat >/etc/polkit-1/rules.d/10-objects.rules <<'END'
 polkit.addRule(function(action, subject) {
     if (action.id == "org.bpfbroker.open-object" && action.lookup("object") == "packets" &&
-        action.lookup("map") == "packets" && subject.user == "bob") {
+        (action.lookup("map") == "packets" && subject.user == "bob" || action.lookup("map") == "everybody")) {
         return polkit.Result.YES;
     }
 });
@@ -222,4 +224,33 @@ func TestOpenSocket(t *testing.T) {
 	eventually(t, "the queue is free again", func() bool {
 		return run(t, "root", `varlinkctl call --exec `+broker+` org.bpfbroker.Broker.OpenSocket '{"object": "packets", "map": "sockets"}' -- sh -c 'ls -l /proc/self/fd | grep -q memfd:packets'`).code == 0
 	})
+}
+
+// A thousand users at once all have the map, and nothing is left of that.
+func TestThousandUsersOpen(t *testing.T) {
+	publish(t, "packets", strings.Replace(packets, "[Map packets]", "[Map everybody]\nFrom=packets", 1))
+	leavesNothing(t)
+	must(t, "root", within(20, "hostile open 1 packets everybody")) // which loads it
+	if out := must(t, "root", within(20, "hostile open 1000 packets everybody")); out != "1000\n" {
+		t.Errorf("of 1000 users: %.1000s", out)
+	}
+	must(t, "bob", within(1, "object-client packets everybody read-only"))
+}
+
+// Who consumes a ring buffer and never reads it loses records, and nobody else
+// does anything.
+func TestReaderThatNeverReads(t *testing.T) {
+	publish(t, "packets", strings.Replace(kinds, "END", "[Program on_xdp]\nAttach=lo\n[Map everybody]\nFrom=events\nAccess=consume\n", 1))
+	start(t, "alice", `exec varlinkctl call --exec `+broker+` org.bpfbroker.Broker.OpenMap '{"object": "packets", "map": "everybody", "access": "consume"}' -- bash -c 'echo ready; exec sleep 60'`)
+	// There is room for 170 records.
+	must(t, "root", "ip link set lo up; for i in $(seq 500); do echo x >/dev/udp/127.0.0.1/9 || true; done")
+	out := must(t, "bob", within(1, "object-client packets packets read-only"))
+	_, value, _ := strings.Cut(strings.TrimSpace(out), "04000000 ")
+	var count uint64
+	if data, err := hex.DecodeString(value); err == nil && len(data) == 8 {
+		count = binary.LittleEndian.Uint64(data)
+	}
+	if count < 500 {
+		t.Errorf("of 500 packets %d are counted: %q", count, out)
+	}
 }

@@ -9,13 +9,18 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"github.com/bpfbroker/bpfbroker/service/internal/catalog"
+	"github.com/bpfbroker/bpfbroker/service/internal/config"
 	"github.com/bpfbroker/bpfbroker/service/internal/guard"
+	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
 	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
 )
 
@@ -150,4 +155,71 @@ func TestGuardedEnds(t *testing.T) {
 	f.mounted("guarded")
 	time.Sleep(time.Second)
 	testtarget.Eventually(t, "the guard forgets it", f.forgotten)
+}
+
+// Who may read a published map can't open it for writing by a pin in a granted file
+// system, as long as nobody may write it.
+func TestGuardedObject(t *testing.T) {
+	testtarget.NoLeaks(t)
+	f := newGuarded(t)
+	file, _ := f.publish()
+	p, c, _ := f.mounted("guarded")
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	set := func(access string) {
+		t.Helper()
+		changed := strings.Replace(string(text), "Access=read-only read-write", "Access="+access, 1)
+		if err := os.WriteFile(file, []byte(changed), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		f.SetObjects(catalog.Load(config.Dirs{Etc: filepath.Dir(file)}))
+	}
+	read := func(warns bool) *os.File {
+		t.Helper()
+		file, warnings, err := f.OpenMap(t.Context(), c, "kinds", "hits", catalog.ReadOnly)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = file.Close() })
+		if (len(warnings) > 0) != warns {
+			t.Errorf("warnings %q", warnings)
+		}
+		return file
+	}
+	reopen := func(file *os.File, flags uint64, want error) {
+		t.Helper()
+		if _, _, err := p.Do("reopen", []string{strconv.FormatUint(flags, 10), "/mnt/map"}, file); !errors.Is(err, want) {
+			t.Errorf("opened with flags %d: %v, want %v", flags, err, want)
+		}
+	}
+	opened := read(true)
+	reopen(opened, 0, nil) // which is why
+	set("read-only")
+	reopen(opened, 0, unix.EPERM) // also by what was handed out before
+	opened = read(false)
+	for _, flags := range []uint64{0, kernel.PinWriteOnly} {
+		reopen(opened, flags, unix.EPERM)
+	}
+	reopen(opened, kernel.PinReadOnly, nil)
+
+	// What is mounted for it is not for writing either.
+	p.Must("mkdir", "/tmp/objects")
+	m, err := f.MountObjects(t.Context(), c, []string{"kinds"}, nil, "/tmp/objects")
+	if err != nil || m.Warnings != nil {
+		t.Errorf("mounted: %+v, %v", m, err)
+	}
+	// Whom the broker lets write can, when others may.
+	set("read-only read-write")
+	reopen(read(true), 0, nil)
+	set("read-only")
+	reopen(opened, 0, unix.EPERM)
+
+	// The object goes, and the guard has nothing of it.
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	f.SetObjects(catalog.Load(config.Dirs{Etc: filepath.Dir(file)}))
+	reopen(opened, 0, nil)
 }

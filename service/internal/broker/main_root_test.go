@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/authority"
+	"github.com/bpfbroker/bpfbroker/service/internal/catalog"
 	"github.com/bpfbroker/bpfbroker/service/internal/config"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
 	"github.com/bpfbroker/bpfbroker/service/internal/guard"
@@ -221,4 +222,66 @@ func (f *fake) list(c Caller) []grant.Grant {
 
 func (f *fake) revoke(c Caller, id string) ([]string, error) {
 	return f.RevokeGrant(f.t.Context(), c, id, false)
+}
+
+const kinds = `[Object]
+File=ELF
+[Map hits]
+Access=read-only read-write
+[Map events]
+Access=consume
+[Program on_run]
+Publish=yes
+[Program on_raw]
+Attach=none
+[Program on_tracepoint]
+Attach=none
+`
+
+// publish makes a fake that has objects. It returns the file of one of them, and
+// the directory of what is pinned.
+func publish(t *testing.T) (f *fake, file, pins string) {
+	t.Helper()
+	f = newFake(t)
+	file, pins = f.publish()
+	return f, file, pins
+}
+
+// publish has a broker publish objects.
+func (f *fake) publish() (file, pins string) {
+	t := f.t
+	t.Helper()
+	// It is there on other kernels, too: test/kernels.
+	elf, err := os.ReadFile("../catalog/testdata/kinds.bpf.o")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, bpf := t.TempDir(), t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "elf"), elf, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	file = filepath.Join(dir, "kinds.object")
+	if err := os.WriteFile(file, []byte(strings.Replace(kinds, "ELF", filepath.Join(dir, "elf"), 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "wrong.object"), []byte("[Object]\nFile=x\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("bpf", bpf, "bpf", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(bpf, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	pins = filepath.Join(bpf, "objects")
+	c, err := catalog.New(pins, t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	f.Publish(c)
+	f.SetObjects(catalog.Load(config.Dirs{Etc: dir}))
+	return file, pins
 }

@@ -22,7 +22,12 @@ import (
 
 // Publish has the broker offer the objects of a catalog, before it is used. The
 // catalog stays the caller's, and must outlive the broker.
-func (b *Broker) Publish(c *catalog.Catalog) { b.objects = c }
+func (b *Broker) Publish(c *catalog.Catalog) {
+	b.objects = c
+	if b.guarded() {
+		c.GuardBy(b.guard.Guard)
+	}
+}
 
 // SetObjects offers other objects from now on, and returns when those for boot
 // are loaded.
@@ -77,10 +82,14 @@ func (b *Broker) OpenMap(ctx context.Context, c Caller, objectName, mapName stri
 	if access == catalog.Receive {
 		access = "" // for which there is OpenSocket, and not the map
 	}
-	file, err := b.openObject(ctx, c, part{objectName, mapName, "", access},
+	p := part{objectName, mapName, "", access}
+	file, err := b.openObject(ctx, c, p,
 		func() error { return b.objects.Offered(objectName, mapName, access) },
 		func() (*os.File, error) { return b.objects.OpenMap(objectName, mapName, access, c.Process) })
-	return file, warnings(access), err
+	if err != nil {
+		return nil, nil, err
+	}
+	return file, b.warnings(p), nil
 }
 
 // OpenProgram opens a published program for the caller, who can attach it and
@@ -226,7 +235,7 @@ func (b *Broker) MountObjects(ctx context.Context, c Caller, names []string, pro
 			return m, err
 		}
 		m.Pins = append(m.Pins, p.object+"/"+p.mapName+p.program)
-		for _, w := range warnings(p.access) {
+		for _, w := range b.warnings(p) {
 			if !slices.Contains(m.Warnings, w) {
 				m.Warnings = append(m.Warnings, w)
 			}
@@ -270,20 +279,7 @@ func (b *Broker) approved(ctx context.Context, c Caller, names []string) ([]part
 		if err != nil {
 			return nil, err
 		}
-		var all [][]part // each the ways to open one thing, the widest first
-		for _, info := range d.Maps {
-			var ways []part
-			for _, access := range []catalog.Access{catalog.ReadWrite, catalog.Consume, catalog.ReadOnly, catalog.WriteOnly} {
-				if slices.Contains(info.Access, access) {
-					ways = append(ways, part{name, info.Name, "", access})
-				}
-			}
-			all = append(all, ways)
-		}
-		for _, info := range d.Programs {
-			all = append(all, []part{{name, "", info.Name, catalog.ReadWrite}})
-		}
-		for _, ways := range all {
+		for _, ways := range waysToPin(d) {
 			for i, p := range ways {
 				// Nobody is asked for a password for more than the least.
 				err := b.authorizeObject(ctx, c, p, c.Interactive && i == len(ways)-1)
@@ -305,6 +301,27 @@ func (b *Broker) approved(ctx context.Context, c Caller, names []string) ([]part
 		return nil, denied
 	}
 	return parts, nil
+}
+
+// waysToPin gives the ways to open each thing that an object publishes, the widest
+// first. There is none for what is no descriptor of a map or program.
+func waysToPin(d catalog.Description) [][]part {
+	var all [][]part
+	for _, info := range d.Maps {
+		var ways []part
+		for _, access := range []catalog.Access{catalog.ReadWrite, catalog.Consume, catalog.ReadOnly, catalog.WriteOnly} {
+			if slices.Contains(info.Access, access) {
+				ways = append(ways, part{d.Name, info.Name, "", access})
+			}
+		}
+		if len(ways) > 0 {
+			all = append(all, ways)
+		}
+	}
+	for _, info := range d.Programs {
+		all = append(all, []part{{d.Name, "", info.Name, catalog.ReadWrite}})
+	}
+	return all
 }
 
 // refused says whether the authority has said no, rather than nothing.
@@ -358,13 +375,15 @@ func objectAction(access catalog.Access) authority.Action {
 	return authority.OpenObjectWritable
 }
 
-// warnings says what of an access nothing holds. This is the place that changes
-// when the guard holds it.
-func warnings(access catalog.Access) []string {
-	if access == catalog.ReadOnly || access == catalog.WriteOnly {
-		return []string{fmt.Sprintf("the kernel does not hold %s against a process that can pin in a BPF file system of its own", access)}
+// warnings says what of an access nothing holds.
+func (b *Broker) warnings(p part) []string {
+	switch {
+	case p.access != catalog.ReadOnly && p.access != catalog.WriteOnly, b.objects.Held(p.object, p.mapName):
+		return nil
+	case p.access == catalog.ReadOnly && b.guarded():
+		return []string{"the guard does not hold read-only on a map that is published for writing too"}
 	}
-	return nil
+	return []string{fmt.Sprintf("the kernel does not hold %s against a process that can pin in a BPF file system of its own", p.access)}
 }
 
 // refuseObject is Refuse, for errors about objects.

@@ -22,59 +22,6 @@ import (
 	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
 )
 
-const kinds = `[Object]
-File=ELF
-[Map hits]
-Access=read-only read-write
-[Map events]
-Access=consume
-[Program on_run]
-Publish=yes
-[Program on_raw]
-Attach=none
-[Program on_tracepoint]
-Attach=none
-`
-
-// publish makes a fake that has objects. It returns the file of one of them, and
-// the directory of what is pinned.
-func publish(t *testing.T) (f *fake, file, pins string) {
-	t.Helper()
-	f = newFake(t)
-	elf, err := os.ReadFile("../catalog/testdata/kinds.bpf.o")
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir, bpf := t.TempDir(), t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "elf"), elf, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	file = filepath.Join(dir, "kinds.object")
-	if err := os.WriteFile(file, []byte(strings.Replace(kinds, "ELF", filepath.Join(dir, "elf"), 1)), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "wrong.object"), []byte("[Object]\nFile=x\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount("bpf", bpf, "bpf", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(bpf, 0); err != nil {
-			t.Error(err)
-		}
-	})
-	pins = filepath.Join(bpf, "objects")
-	c, err := catalog.New(pins, t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(c.Close)
-	f.Publish(c)
-	f.SetObjects(catalog.Load(config.Dirs{Etc: dir}))
-	return f, file, pins
-}
-
 func TestOpenObject(t *testing.T) {
 	testtarget.NoLeaks(t)
 	f, _, _ := publish(t)
@@ -272,4 +219,55 @@ func TestMountObjects(t *testing.T) {
 	})
 	_, err = f.MountObjects(t.Context(), c, []string{"kinds"}, nil, "/mnt")
 	named(t, err, "ProcessGone")
+}
+
+func TestCheckObjects(t *testing.T) {
+	testtarget.NoLeaks(t)
+	f, _, _ := publish(t)
+	c := caller(t, alice, testtarget.Start(t, testtarget.Attr{UID: alice}))
+	for name, test := range map[string]struct {
+		answer func(asked) error
+		want   Finding
+	}{
+		"all":     {func(asked) error { return nil }, Finding{State: "yes", Reason: "unloaded; you can open events (consume)"}},
+		"nothing": {func(asked) error { return authority.ErrDenied }, Finding{State: "no"}},
+		"one": {func(a asked) error {
+			if a.Details["program"] != "" {
+				return nil
+			}
+			return authority.ErrChallenge
+		}, Finding{State: "yes", Reason: "unloaded; you can open on_run (read-write)"}},
+		"with a password": {func(a asked) error {
+			if a.Details["access"] == "read-only" {
+				return authority.ErrChallenge
+			}
+			return authority.ErrDenied
+		}, Finding{State: "ask", Reason: "unloaded; you can open hits (read-only) after authentication"}},
+		"nobody to ask": {func(asked) error { return authority.ErrUnavailable }, Finding{State: "no"}},
+	} {
+		f.answers(func(context.Context) error {
+			asked := f.questions()
+			if last := asked[len(asked)-1]; last.Details["object"] != "" {
+				return test.answer(last)
+			}
+			return nil
+		})
+		before := len(f.questions())
+		found := map[string]Finding{}
+		for _, finding := range f.Broker.Check(t.Context(), c) {
+			found[finding.Subject] = finding
+		}
+		got := found["object kinds"]
+		if got.State != test.want.State || test.want.Reason != "" && got.Reason != test.want.Reason || got.Reason == "" {
+			t.Errorf("%s: %+v", name, got)
+		}
+		if wrong := found["object wrong"]; wrong.State != "no" || !strings.Contains(wrong.Reason, "wrong.object") {
+			t.Errorf("%s: %+v", name, wrong)
+		}
+		for _, a := range f.questions()[before:] {
+			if a.Interactive {
+				t.Errorf("%s: somebody is asked for a password: %+v", name, a)
+			}
+		}
+	}
 }

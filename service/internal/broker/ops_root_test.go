@@ -19,6 +19,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
 	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
 )
 
@@ -27,6 +28,21 @@ var kept []any
 
 // ops are what targets do with a grant: the library finds its token.
 var ops = map[string]testtarget.Op{
+	// reopen FLAGS PATH, with a map: pins it there, opens the pin and removes it.
+	"reopen": func(args []string, files []*os.File) (string, []*os.File, error) {
+		flags, err := strconv.ParseUint(args[0], 10, 32)
+		if err != nil {
+			return "", nil, err
+		}
+		if err := kernel.Pin(args[1], int(files[0].Fd())); err != nil {
+			return "", nil, err
+		}
+		again, err := kernel.OpenPinned(args[1], uint32(flags))
+		if err == nil {
+			err = again.Close()
+		}
+		return "", nil, errors.Join(err, os.Remove(args[1]))
+	},
 	// map: makes one and keeps it.
 	"map": func([]string, []*os.File) (string, []*os.File, error) {
 		m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Hash, KeySize: 4, ValueSize: 4, MaxEntries: 1})

@@ -53,6 +53,7 @@ type Catalog struct {
 	users    map[uint64]*user
 	lastUser uint64
 	untidy   atomic.Bool
+	guard    Guard // nil where there is none
 }
 
 // entry is one object, and what is there of it.
@@ -73,6 +74,8 @@ type entry struct {
 	// others, which are still attached.
 	loaded string
 	old    []string
+	// held are the published maps that the guard keeps from being written.
+	held map[string]bool
 	// users are the processes that an object is kept for.
 	users  map[uint64]*user
 	expiry *time.Timer
@@ -181,6 +184,7 @@ func (c *Catalog) scan() (map[string][]string, error) {
 	for _, entry := range names {
 		path := filepath.Join(c.root, entry.Name())
 		if strings.HasPrefix(entry.Name(), stage) {
+			c.unprotect(path)
 			if err := removePins(path); err != nil {
 				return found, err
 			}

@@ -114,7 +114,8 @@ func (c *Catalog) load(e *entry) error {
 			slog.String(journal.KeyObject, e.name), slog.String(journal.KeyFile, e.object.File))
 	}
 	e.failure = nil
-	e.removeOld()
+	c.protect(e)
+	c.removeOld(e)
 	e.followInterfaces()
 	return nil
 }
@@ -353,21 +354,22 @@ func (a attachment) holds(path string, program *ebpf.Program, index int) (bool, 
 func (c *Catalog) unload(e *entry) {
 	if e.loaded != "" {
 		e.old = append(e.old, e.loaded)
-		e.loaded = ""
+		e.loaded, e.held = "", nil
 		journal.ObjectUnloaded.Log(context.Background(), slog.String(journal.KeyObject, e.name))
 	}
-	e.removeOld()
+	c.removeOld(e)
 	c.forget(e)
 }
 
 // removeOld takes away what is loaded in other versions.
-func (e *entry) removeOld() {
+func (c *Catalog) removeOld(e *entry) {
 	for _, instance := range e.old {
 		// Under its own name it would look complete while it is emptied.
 		dir, name := filepath.Split(instance)
 		staged := filepath.Join(dir, stage+name)
 		err := kernel.RenamePin(instance, staged)
 		if err == nil {
+			c.unprotect(staged)
 			err = removePins(staged)
 		}
 		if err != nil {

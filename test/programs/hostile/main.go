@@ -9,6 +9,9 @@
 //	                        hold them until standard input ends
 //	hostile half            send half a message, hold it until the broker hangs up
 //	hostile deaf            send calls and never read, until the broker hangs up
+//	hostile open N OBJECT MAP
+//	                        have N users open a published map at once, print how
+//	                        many could and what the others heard; for root
 //	hostile stop PID        stop the processes that the daemon with that id starts,
 //	                        until standard input ends
 //
@@ -49,10 +52,13 @@ func run(what string, args []string) error {
 	if what == "stop" {
 		return stop(args[0])
 	}
-	if what == "hold" {
+	if what == "hold" || what == "open" {
 		n, err := strconv.Atoi(args[0])
 		if err != nil {
 			return err
+		}
+		if what == "open" {
+			return open(n, args[1], args[2])
 		}
 		return hold(n)
 	}
