@@ -238,16 +238,8 @@ Attach=none
 Attach=none
 `
 
-// publish makes a fake that has objects. It returns the file of one of them, and
-// the directory of what is pinned.
-func publish(t *testing.T) (f *fake, file, pins string) {
-	t.Helper()
-	f = newFake(t)
-	file, pins = f.publish()
-	return f, file, pins
-}
-
-// publish has a broker publish objects.
+// publish has the broker publish objects. It returns the file of one of them, and the
+// directory of what is pinned.
 func (f *fake) publish() (file, pins string) {
 	t := f.t
 	t.Helper()

@@ -22,6 +22,14 @@ import (
 	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
 )
 
+// publish makes a fake that has objects, see its publish.
+func publish(t *testing.T) (f *fake, file, pins string) {
+	t.Helper()
+	f = newFake(t)
+	file, pins = f.publish()
+	return f, file, pins
+}
+
 func TestOpenObject(t *testing.T) {
 	testtarget.NoLeaks(t)
 	f, _, _ := publish(t)
