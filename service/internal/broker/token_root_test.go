@@ -7,6 +7,7 @@ package broker
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -41,8 +42,13 @@ func TestAcquireToken(t *testing.T) {
 	if err := unix.Fstatfs(int(mount.Fd()), &fs); err != nil || fs.Type != unix.BPF_FS_MAGIC {
 		t.Errorf("the mount is %#x, %v", fs.Type, err)
 	}
+	var ns unix.Stat_t
+	if err := unix.Stat(fmt.Sprintf("/proc/%d/ns/user", p.PID), &ns); err != nil {
+		t.Fatal(err)
+	}
 	want := grant.Grant{
-		ID: g.ID, Profile: "leased", Tier: "basic", Owner: alice, Target: alice,
+		Namespace: ns.Ino,
+		ID:        g.ID, Profile: "leased", Tier: "basic", Owner: alice, Target: alice,
 		PID: c.Process.PID, Inode: c.Process.Inode, Unit: g.Unit,
 		Created: g.Created, Expires: g.Created + time.Hour.Microseconds(), Deadline: g.Deadline,
 		Capabilities: []string{"CAP_BPF"}, NotEnforced: []string{"Lease="},
