@@ -23,8 +23,9 @@ import (
 	"github.com/bpfbroker/bpfbroker/test/machines/internal/agent"
 )
 
-// closeTime is what a machine has to shut down in before it is killed.
-const closeTime = 10 * time.Second
+// closeTime is what a machine has to shut down in before it is killed: on two processors with another one beside it, more than ten
+// seconds.
+const closeTime = 30 * time.Second
 
 // bootTime is what a machine has to boot in.
 const bootTime = 5 * time.Minute
