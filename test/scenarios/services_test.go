@@ -145,10 +145,10 @@ func TestUserServiceStatus(t *testing.T) {
 	t.Cleanup(func() { must(t, "alice", "rm ~/broken") })
 	for command, want := range map[string]int{
 		"true": 0, "bash -c 'exit 7'": 7, "~/broken": 126, "/no/such/program": 127, "ebpf-example": 0,
-		"bash -c 'test $(ulimit -n):$(ulimit -Hn) = 321:654'":                           0,
-		"bash -c '! test -v LISTEN_PID && test $SYSTEMD_EXEC_PID = $$'":                 0,
-		"bash -c 'bpfbroker run -p network -- bash -c \"exit 5\" 2>/dev/null; exit $?'": 5, // nested
-		"grep SigIgn:.0000000000001000 /proc/self/status":                               0,
+		"bash -c 'test $(ulimit -n):$(ulimit -Hn) = 321:654'":                                         0,
+		"bash -c '! test -v LISTEN_PID && test $SYSTEMD_EXEC_PID = $$'":                               0,
+		"bash -c 'bpfbroker run -p network -- bash -c \"exit 5\" 2>/dev/null; exit $?'":               5, // nested
+		"sh -c 'grep ^SigIgn: /proc/$$/status >&2; grep -q SigIgn:.0000000000001000 /proc/$$/status'": 0,
 	} {
 		if r := run(t, "alice", strings.Replace(fmt.Sprintf(service, "status"), "-p ", "-p LimitNOFILE=321:654 -p ", 1)+"bpfbroker run -p network -- "+command); r.code != want {
 			t.Errorf("%s: %+v, want exit status %d", command, r, want)
