@@ -174,6 +174,7 @@ scrape_configs:
       - targets: ["127.0.0.1:9436"]
 END`)
 	start(t, "bob", "exec prometheus --config.file=$HOME/prometheus.yml --storage.tsdb.path=$HOME/prometheus --web.listen-address=127.0.0.1:9090 2>&1")
+	eventually(t, "Prometheus listens", func() bool { return run(t, "bob", "bash -c ': 3<>/dev/tcp/127.0.0.1/9090'").code == 0 })
 	is := func(expression string, want func(float64) bool) func() bool {
 		return func() bool {
 			value, ok := query(t, expression)
