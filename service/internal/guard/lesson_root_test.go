@@ -98,7 +98,6 @@ func TestLesson(t *testing.T) {
 // A thousand programs, many at once, lose nothing; and who dies while he learns
 // leaves nothing.
 func TestLessonOfMany(t *testing.T) {
-	t.Cleanup(func() { current.Close(); current = nil }) // no test comes after it
 	g := open(t)
 	target := testtarget.New(t, testtarget.Alice)
 	id := grant(t, g, target, everything())
