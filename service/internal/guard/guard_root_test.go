@@ -775,7 +775,10 @@ func TestEvents(t *testing.T) {
 
 	// Who makes too many loses his own.
 	target.Must("hammer", loading(forbidden)...)
-	time.Sleep(2 * time.Second)
+	testtarget.Eventually(t, "events are lost", func() bool {
+		usage, err := g.UserUsage(testtarget.Alice)
+		return err == nil && usage.Lost > 0
+	})
 	if got := target.Must("cease"); got != "0" {
 		t.Errorf("%s programs were loaded", got)
 	}
