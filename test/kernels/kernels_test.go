@@ -51,7 +51,7 @@ var systems = []struct {
 
 // there are the tests that need such a system, because of its kernel. The others show nothing here that they don't show on the host's,
 // in a tenth of the time; "go test -tags kernels ./test/scenarios" runs them here, too.
-const there = "^(TestGuard.*|TestExampleWithGuard)$"
+const there = "^(TestGuardAttach|TestGuardHelpers)$"
 
 // results holds a line for each suite that has run.
 var results struct {
