@@ -33,7 +33,20 @@ var programs = map[string]func(){
 	"tell-signals": tellSignals,
 }
 
-func TestMain(m *testing.M) { testscript.Main(m, programs) }
+func TestMain(m *testing.M) { testscript.Main(attentive{m}, programs) }
+
+// attentive runs the tests where nothing is ignored that somebody, as nohup does,
+// made them ignore: a program that is executed would ignore it too.
+type attentive struct{ *testing.M }
+
+func (a attentive) Run() int {
+	for _, s := range signals {
+		if signal.Ignored(s) {
+			signal.Notify(make(chan os.Signal, 1), s)
+		}
+	}
+	return a.M.Run()
+}
 
 // tellSignals writes the name of each signal that comes, until none has come
 // for a while. Its first line is "ready".
