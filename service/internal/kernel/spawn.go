@@ -132,11 +132,22 @@ func (s *Suspended) mapIDs(root bool) error {
 		{"setgroups", "deny\n"},
 		{"gid_map", fmt.Sprintf("%d %d 1\n", insideGID, gid)},
 	} {
-		if err := os.WriteFile(fmt.Sprintf("/proc/%d/%s", s.c.pid, file.name), []byte(file.data), 0); err != nil {
-			return fmt.Errorf("cannot map ids into the user namespace: %w", err)
+		if err := writeFile(fmt.Sprintf("/proc/%d/%s", s.c.pid, file.name), file.data); err != nil {
+			return fmt.Errorf("cannot map ids into the user namespace: %s: %w", file.name, err)
 		}
 	}
 	return nil
+}
+
+// writeFile writes a file of procfs, which needs no poller.
+func writeFile(path, data string) error {
+	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	_, err = unix.Write(fd, []byte(data))
+	return err
 }
 
 // Exec gives the process the capabilities as ambient ones, and its caller's
