@@ -166,6 +166,8 @@ func records(t *testing.T, cursor string) []map[string]string {
 // Every verb gives the same verdict on both fronts, with the same error, and leaves
 // the same records.
 func TestEveryVerbOnBothFronts(t *testing.T) {
+	publish(t, "packets", packets)
+	must(t, "bob", "object-client packets packets read-only") // which loads it
 	leavesNothing(t)
 	const inside = "unshare -cUm env "
 	within := func(commands [2]string) [2]string { return [2]string{inside + commands[0], inside + commands[1]} }
@@ -178,6 +180,15 @@ func TestEveryVerbOnBothFronts(t *testing.T) {
 			arguments = "sa{sv} GRANT 0"
 		}
 		return call(method, `{"grant":"GRANT"}`, arguments)
+	}
+	// What is a method's answer on the socket is a published object's properties on the bus.
+	properties := func(object string) [2]string {
+		return [2]string{call("DescribeObject", `{"object":"`+object+`"}`, "")[0],
+			"SYSTEMD_LOG_LEVEL=debug busctl -j --system call org.bpfbroker.Broker1 /org/bpfbroker/Broker1/object/" + object +
+				" org.freedesktop.DBus.Properties GetAll s org.bpfbroker.Broker1.Object"}
+	}
+	part := func(method, kind, name, more, arguments string) [2]string {
+		return call(method, `{"object":"packets","`+kind+`":"`+name+`"`+more+`}`, arguments)
 	}
 	tests := []struct {
 		name, user string
@@ -212,6 +223,24 @@ func TestEveryVerbOnBothFronts(t *testing.T) {
 		{"a renewal", "alice", one("RenewGrant"), "", 0},
 		{"a renewal, for root", "root", one("RenewGrant"), "", 0},
 		{"a renewal, for bob", "bob", one("RenewGrant"), "NoSuchGrant", 0},
+		{"why there is no grant", "alice", call("ExplainGrant", `{"grant":"nonesuch"}`, "sa{sv} nonesuch 0"), "NoSuchGrant", 0},
+		{"the objects", "alice", call("ListObjects", "{}", "a{sv} 0"), "", 0},
+		{"an object", "alice", call("DescribeObject", `{"object":"packets"}`, "sa{sv} packets 0"), "", 0},
+		{"an object's properties", "alice", properties("packets"), "", 0},
+		{"no object", "alice", call("DescribeObject", `{"object":"nonesuch"}`, "sa{sv} nonesuch 0"), "NoSuchObject", 0},
+		{"the properties of none", "alice", properties("nonesuch"), "NoSuchObject", 0},
+		{"a map", "bob", part("OpenMap", "map", "packets", `,"access":"read-only"`, "sssa{sv} packets packets read-only 0"), "", 1},
+		{"a map for writing", "bob", part("OpenMap", "map", "packets", `,"access":"read-write"`, "sssa{sv} packets packets read-write 0"), "InteractionRequired", 1},
+		{"a map for nothing", "bob", part("OpenMap", "map", "packets", `,"access":"receive"`, "sssa{sv} packets packets receive 0"), "NotOffered", 1},
+		{"no map", "bob", part("OpenMap", "map", "nonesuch", `,"access":"read-only"`, "sssa{sv} packets nonesuch read-only 0"), "NoSuchMap", 1},
+		{"a map for alice", "alice", part("OpenMap", "map", "packets", `,"access":"read-only"`, "sssa{sv} packets packets read-only 0"), "InteractionRequired", 1},
+		{"a socket without packets", "root", part("OpenSocket", "map", "packets", `,"queue":0`, "ssua{sv} packets packets 0 0"), "NotOffered", 1},
+		{"a program", "bob", part("OpenProgram", "program", "count", "", "ssa{sv} packets count 0"), "InteractionRequired", 1},
+		{"a program, for root", "root", part("OpenProgram", "program", "count", "", "ssa{sv} packets count 0"), "", 1},
+		{"a link", "alice", part("OpenLink", "link", "count", "", "ssa{sv} packets count 0"), "", 0},
+		{"no link", "alice", part("OpenLink", "link", "nonesuch", "", "ssa{sv} packets nonesuch 0"), "NoSuchLink", 0},
+		{"objects in a file system", "bob", within(call("MountObjects", `{"objects":["packets"],"path":"/mnt"}`, "asusa{sv} 1 packets 0 /mnt 0")), "", 1},
+		{"objects for the host", "bob", call("MountObjects", `{"objects":["packets"],"path":"/mnt"}`, "asusa{sv} 1 packets 0 /mnt 0"), "NamespaceInitial", 1},
 		{"an end, for bob", "bob", one("RevokeGrant"), "NoSuchGrant", 0},
 		{"an end", "alice", one("RevokeGrant"), "", 1},
 		{"an end, for root", "root", one("RevokeGrant"), "", 1},

@@ -24,6 +24,9 @@ import (
 // catalog stays the caller's, and must outlive the broker.
 func (b *Broker) Publish(c *catalog.Catalog) {
 	b.objects = c
+	c.Watch(func(s catalog.Status, news catalog.News) {
+		b.watchers.tell(func(w Watcher) { w.Object(object(catalog.Description{Status: s}), news) })
+	})
 	if b.guarded() {
 		c.GuardBy(b.guard.Guard)
 	}
@@ -40,13 +43,23 @@ type Object struct {
 	Refusal *Error
 }
 
-// ListObjects returns the objects by name; of each, what a list shows.
+// ListObjects returns the objects by name, those with wrong files too; of each,
+// what a list shows.
 func (b *Broker) ListObjects() []Object {
 	var all []Object
 	for _, s := range b.objects.List() {
 		all = append(all, object(catalog.Description{Status: s}))
 	}
 	return all
+}
+
+// FindObject returns what a list shows of one object.
+func (b *Broker) FindObject(name string) (Object, error) {
+	s, err := b.objects.Status(name)
+	if err != nil {
+		return Object{}, refuseObject(fmt.Errorf("cannot describe %.64q: %w", name, err))
+	}
+	return object(catalog.Description{Status: s}), nil
 }
 
 // DescribeObject returns one object.

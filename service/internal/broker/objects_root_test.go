@@ -30,6 +30,34 @@ func publish(t *testing.T) (f *fake, file, pins string) {
 	return f, file, pins
 }
 
+// Who watches hears of objects, as a list shows them.
+func TestObjectNews(t *testing.T) {
+	testtarget.NoLeaks(t)
+	f, object, _ := publish(t)
+	news := make(chan string, 10)
+	f.Watch(Watcher{Object: func(o Object, n catalog.News) {
+		news <- fmt.Sprint(o.Name, " ", o.State, " ", o.Refusal == nil, " ", n)
+	}})
+	c := caller(t, alice, testtarget.Start(t, testtarget.Attr{UID: alice}))
+	file, _, err := f.OpenMap(t.Context(), c, "kinds", "hits", catalog.ReadOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = file.Close()
+	if err := os.Remove(object); err != nil {
+		t.Fatal(err)
+	}
+	f.SetObjects(catalog.Load(config.Dirs{Etc: filepath.Dir(object)}))
+	for _, want := range []string{"kinds loaded true 1", "kinds loaded true 2"} {
+		if got := <-news; got != want {
+			t.Errorf("heard %q, want %q", got, want)
+		}
+	}
+	if _, err := f.FindObject("kinds"); Refuse(err).Name != "NoSuchObject" {
+		t.Errorf("of what has gone: %v", err)
+	}
+}
+
 func TestOpenObject(t *testing.T) {
 	testtarget.NoLeaks(t)
 	f, _, _ := publish(t)

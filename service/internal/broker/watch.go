@@ -5,18 +5,22 @@ package broker
 import (
 	"sync"
 
+	"github.com/bpfbroker/bpfbroker/service/internal/catalog"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
 )
 
-// Watcher hears of grants. Its functions are called one at a time and in the
+// Watcher hears of grants and objects. Its functions are called one at a time and in the
 // order of what happened, and nobody waits for them.
 type Watcher struct {
 	// Leased gets a grant whose lease is another one than before.
 	Made, Leased func(grant.Grant)
 	Ended        func(grant.Grant, grant.Reason)
+	// Object gets what a list shows of an object; of one that has gone, what it
+	// showed.
+	Object func(Object, catalog.News)
 }
 
-// Watch has w hear of every grant from now on.
+// Watch has w hear of every grant and object from now on.
 func (b *Broker) Watch(w Watcher) {
 	b.watchers.mu.Lock()
 	defer b.watchers.mu.Unlock()

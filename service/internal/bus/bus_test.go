@@ -145,6 +145,7 @@ var noOptions = map[string]dbus.Variant{}
 type fakeBroker struct {
 	made, renewed func(grant.Grant)
 	ended         func(grant.Grant, grant.Reason)
+	object        func(broker.Object, catalog.News)
 
 	// started says that a request for "slow" has begun, which ends when released
 	// or with its context; canceled has the context's error.
@@ -168,7 +169,7 @@ func newFakeBroker() *fakeBroker {
 }
 
 func (b *fakeBroker) Watch(w broker.Watcher) {
-	b.made, b.renewed, b.ended = w.Made, w.Leased, w.Ended
+	b.made, b.renewed, b.ended, b.object = w.Made, w.Leased, w.Ended, w.Object
 }
 
 var testProfile = &profile.Profile{Name: "network", Description: "d", Lease: time.Hour, Files: []string{"/x"}}
@@ -245,18 +246,33 @@ func (b *fakeBroker) end(id grant.ID, reason grant.Reason) {
 	b.ended(g, reason)
 }
 
+// oddName is one that paths have to encode, and a broken text.
+const oddName = "0_a-b\xff"
+
 func (b *fakeBroker) ListObjects() []broker.Object {
-	return []broker.Object{
-		{Description: b.object("tcp")},
-		{Description: catalog.Description{Status: catalog.Status{Name: "bad", State: catalog.Failed}},
-			Refusal: &broker.Error{Name: "X", Reason: "why", Remedy: "what"}},
-	}
+	return []broker.Object{{Description: b.describe("tcp")}, failedObject}
 }
 
-func (b *fakeBroker) object(name string) catalog.Description {
+// failedObject is what is known of an object whose files are wrong.
+var failedObject = broker.Object{
+	Description: catalog.Description{Status: catalog.Status{Name: oddName, State: catalog.Failed}},
+	Refusal:     &broker.Error{Name: "X", Reason: "why \xff", Remedy: "what"},
+}
+
+func (b *fakeBroker) FindObject(name string) (broker.Object, error) {
+	if name == oddName {
+		return failedObject, nil
+	}
+	return b.DescribeObject(name)
+}
+
+func (b *fakeBroker) describe(name string) catalog.Description {
 	return catalog.Description{
-		Status:   catalog.Status{Name: name, Description: "d", State: catalog.Loaded},
-		Object:   &catalog.Object{Name: name, Keep: -1, Files: []string{"/x"}},
+		Status: catalog.Status{Name: name, State: catalog.Loaded, Object: &catalog.Object{
+			Name: name, Description: "d", Keep: -1, Files: []string{"/x\xff"},
+			Maps:     map[string]*catalog.Map{"m": {}},
+			Programs: map[string]*catalog.Program{"p": {Publish: true}, "q": {}},
+		}},
 		Maps:     []catalog.MapInfo{{Name: "m", Type: "hash", Access: []catalog.Access{catalog.ReadOnly}, KeyType: "u32", BTF: []byte{1}}},
 		Programs: []catalog.ProgramInfo{{Name: "p", Type: "xdp", AttachType: "xdp"}},
 		Links:    []catalog.LinkInfo{{Name: "p", Program: "p", Type: "xdp", Target: "eth0", Attached: true}},
@@ -267,11 +283,11 @@ func (b *fakeBroker) DescribeObject(name string) (broker.Object, error) {
 	if name != "tcp" {
 		return broker.Object{}, fmt.Errorf("cannot describe %.64q: %w", name, catalog.ErrNoSuchObject)
 	}
-	return broker.Object{Description: b.object(name)}, nil
+	return broker.Object{Description: b.describe(name)}, nil
 }
 
 func (b *fakeBroker) OpenLink(object, link string) (catalog.LinkInfo, error) {
-	return b.object(object).Links[0], nil
+	return b.describe(object).Links[0], nil
 }
 
 func (b *fakeBroker) OpenMap(_ context.Context, _ broker.Caller, object, mapName string, access catalog.Access) (*os.File, []string, error) {

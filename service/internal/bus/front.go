@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/godbus/dbus/v5"
+
 	"github.com/bpfbroker/bpfbroker/service/internal/broker"
 	"github.com/bpfbroker/bpfbroker/service/internal/bus/wire"
 	"github.com/bpfbroker/bpfbroker/service/internal/catalog"
@@ -64,6 +66,7 @@ type Broker interface {
 	MountToken(ctx context.Context, c broker.Caller, profileName string, process *kernel.Process, root, path string) (grant.Grant, error)
 	Withdraw(id grant.ID)
 	ListObjects() []broker.Object
+	FindObject(name string) (broker.Object, error)
 	DescribeObject(name string) (broker.Object, error)
 	OpenLink(objectName, link string) (catalog.LinkInfo, error)
 	OpenMap(ctx context.Context, c broker.Caller, objectName, mapName string, access catalog.Access) (file *os.File, warnings []string, err error)
@@ -76,7 +79,7 @@ type Broker interface {
 	ExplainGrant(ctx context.Context, c broker.Caller, id string) (broker.Explanation, error)
 	RenewGrant(ctx context.Context, c broker.Caller, id string) (grant.Grant, error)
 	RevokeGrant(ctx context.Context, c broker.Caller, id string, kill bool) (notReached []string, err error)
-	// Watch lets the front hear of each grant. That may take seconds, when the bus
+	// Watch lets the front hear of each grant and object. That may take seconds, when the bus
 	// is slow.
 	Watch(broker.Watcher)
 }
@@ -124,9 +127,15 @@ func New(config Config) (*Front, error) {
 		return nil, err
 	}
 	f.Broker.Watch(broker.Watcher{
-		Made:   func(g grant.Grant) { f.signal(g, madeSignals) },
-		Leased: func(g grant.Grant) { f.signal(g, leasedSignals) },
-		Ended:  func(g grant.Grant, reason grant.Reason) { f.signal(g, endedSignals(reason)) },
+		Made:   func(g grant.Grant) { f.tellOwner(g, added(grantOf(g))) },
+		Leased: func(g grant.Grant) { f.tellOwner(g, changed(grantOf(g), "Expires")) },
+		Ended: func(g grant.Grant, reason grant.Reason) {
+			ended := grantOf(g)
+			ended.properties["State"] = dbus.MakeVariant(string(reason))
+			f.tellOwner(g, changed(ended, "State"))
+			f.tellOwner(g, removed(ended))
+		},
+		Object: func(o broker.Object, news catalog.News) { f.tellAll(objectSignal(o, news)) },
 	})
 	return f, nil
 }

@@ -23,6 +23,7 @@ import (
 
 	description "github.com/bpfbroker/bpfbroker/packaging/dbus"
 	"github.com/bpfbroker/bpfbroker/service/internal/broker"
+	"github.com/bpfbroker/bpfbroker/service/internal/catalog"
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
 )
 
@@ -113,7 +114,9 @@ func TestPropertiesAreAsDescribed(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, i := range node.Interfaces {
-			path, ok := map[string]string{grantInterface: grantPrefix + "00000000000003e8", logControlInterface: logControlPath}[i.Name]
+			path, ok := map[string]string{
+				grantInterface: grantPrefix + "00000000000003e8", objectInterface: objectPrefix + "tcp", logControlInterface: logControlPath,
+			}[i.Name]
 			if !ok {
 				continue
 			}
@@ -242,10 +245,16 @@ func TestIntrospection(t *testing.T) {
 	}
 	got := walk("/")
 	slices.Sort(got)
-	if diff := cmp.Diff(slices.Sorted(maps.Keys(nodes)), got); diff != "" {
+	want := slices.Sorted(maps.Keys(nodes))
+	want = append(want, objectPrefix+label("tcp"), objectPrefix+label(oddName))
+	slices.Sort(want)
+	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("objects (-want +found by walking):\n%s", diff)
 	}
 	var text string
+	if err := c.call(objectPrefix+label(oddName), introspectableInterface+".Introspect").Store(&text); err != nil || !strings.Contains(text, `"Programs"`) {
+		t.Errorf("an object's description: %v\n%s", err, text)
+	}
 	if err := c.call(grantPrefix+"0123456789abcdef", introspectableInterface+".Introspect").Store(&text); err != nil || !strings.Contains(text, `"OwnerUID"`) {
 		t.Errorf("a grant's description: %v\n%s", err, text)
 	}
@@ -253,6 +262,7 @@ func TestIntrospection(t *testing.T) {
 
 func TestBadCalls(t *testing.T) {
 	f := newFixture(t)
+	f.Users = unlimited // a MiB is as much as many calls
 	c := f.connectAs(t, 0)
 	option := map[string]dbus.Variant{"x": dbus.MakeVariant(1)}
 	const gone = grantPrefix + "0123456789abcdef"
@@ -288,6 +298,19 @@ func TestBadCalls(t *testing.T) {
 		"short id":             {grantPrefix + "0123", grantInterface + ".Revoke", []any{noOptions}, "UnknownObject"},
 		"upper-case id":        {grantPrefix + "0123456789ABCDEF", grantInterface + ".Revoke", []any{noOptions}, "UnknownObject"},
 		"below a grant":        {gone + "/x", grantInterface + ".Revoke", []any{noOptions}, "UnknownObject"},
+		"no published object":  {objectPrefix + "nonesuch", propertiesInterface + ".GetAll", []any{objectInterface}, "NoSuchObject"},
+		"one property of none": {objectPrefix + "nonesuch", propertiesInterface + ".Get", []any{objectInterface, "State"}, "NoSuchObject"},
+		"an object's on grant": {gone, propertiesInterface + ".GetAll", []any{objectInterface}, "UnknownInterface"},
+		"set an object's":      {objectPrefix + "tcp", propertiesInterface + ".Set", []any{objectInterface, "State", dbus.MakeVariant("loaded")}, "PropertyReadOnly"},
+		"no property of its":   {objectPrefix + "tcp", propertiesInterface + ".Get", []any{objectInterface, "Profile"}, "UnknownProperty"},
+		"not encoded":          {objectPrefix + "0_a_2db", propertiesInterface + ".GetAll", []any{objectInterface}, "UnknownObject"},
+		"encoded needlessly":   {objectPrefix + "_74cp", propertiesInterface + ".GetAll", []any{objectInterface}, "UnknownObject"},
+		"encoded in capitals":  {objectPrefix + "a_2Db", propertiesInterface + ".GetAll", []any{objectInterface}, "UnknownObject"},
+		"encoded by half":      {objectPrefix + "a_2", propertiesInterface + ".GetAll", []any{objectInterface}, "UnknownObject"},
+		"encoded badly":        {objectPrefix + "a_xxb", propertiesInterface + ".GetAll", []any{objectInterface}, "UnknownObject"},
+		"below an object":      {objectPrefix + "tcp/x", propertiesInterface + ".GetAll", []any{objectInterface}, "UnknownObject"},
+		"1 MiB name in a path": {objectPrefix + strings.Repeat("x", 1<<20), propertiesInterface + ".GetAll", []any{objectInterface}, "UnknownObject"},
+		"1 MiB object":         {rootPath, managerInterface + ".DescribeObject", []any{strings.Repeat("x", 1<<20), noOptions}, "MessageTooLarge"},
 		"no such object":       {"/x", managerInterface + ".ListProfiles", []any{noOptions}, "UnknownObject"},
 		"wrong object":         {"/", managerInterface + ".ListProfiles", []any{noOptions}, "UnknownInterface"},
 		"grant's on manager":   {rootPath, grantInterface + ".Revoke", []any{noOptions}, "UnknownInterface"},
@@ -396,8 +419,10 @@ func TestOthersGrants(t *testing.T) {
 		err    string
 	}{{bob, 0, "NoSuchGrant"}, {alice, 1, ""}} {
 		var objects map[dbus.ObjectPath]any
-		if err := who.call(rootPath, objectManagerInterface+".GetManagedObjects").Store(&objects); err != nil || len(objects) != who.grants {
-			t.Errorf("%d objects: %v", len(objects), err)
+		err := who.call(rootPath, objectManagerInterface+".GetManagedObjects").Store(&objects)
+		maps.DeleteFunc(objects, func(path dbus.ObjectPath, _ any) bool { return !strings.HasPrefix(string(path), grantPrefix) })
+		if err != nil || len(objects) != who.grants {
+			t.Errorf("%d grants: %v", len(objects), err)
 		}
 		var rows [][]any
 		if err := who.manager("ListGrants", noOptions).Store(&rows); err != nil || len(rows) != who.grants {
@@ -413,6 +438,53 @@ func TestOthersGrants(t *testing.T) {
 			if got := errorOf(call); got != who.err {
 				t.Errorf("%s: %q, want %q", call.Method, got, who.err)
 			}
+		}
+	}
+}
+
+// Names are what a file system has, and become paths and texts of the bus.
+func TestObjectsOnTheBus(t *testing.T) {
+	f := newFixture(t)
+	c := f.connectAs(t, 1001)
+	var all map[dbus.ObjectPath]map[string]map[string]dbus.Variant
+	if err := c.call(rootPath, objectManagerInterface+".GetManagedObjects").Store(&all); err != nil {
+		t.Fatal(err)
+	}
+	got := map[dbus.ObjectPath]string{}
+	for path, interfaces := range all {
+		p := interfaces[objectInterface]
+		got[path] = fmt.Sprint(p["Name"], p["State"], p["Available"], p["Reason"], p["Maps"], p["Programs"])
+	}
+	if diff := cmp.Diff(map[dbus.ObjectPath]string{
+		objectPrefix + "tcp":            `"tcp" "loaded" true "" ["m"] ["p"]`,
+		objectPrefix + "_30_5fa_2db_ff": "\"0_a-b�\" \"failed\" false \"why �\" @as [] @as []",
+	}, got); diff != "" {
+		t.Errorf("objects (-want +got):\n%s", diff)
+	}
+	var name string
+	if err := c.call(objectPrefix+"_30_5fa_2db_ff", propertiesInterface+".Get", objectInterface, "Name").Store(&name); err != nil || name != "0_a-b�" {
+		t.Errorf("%q, %v", name, err)
+	}
+	var rows [][]any
+	if err := c.manager("ListObjects", noOptions).Store(&rows); err != nil || len(rows) != 2 {
+		t.Errorf("%v, %v", rows, err)
+	}
+	if err := c.manager("DescribeObject", "tcp", noOptions).Err; err != nil { // with its files
+		t.Error(err)
+	}
+}
+
+func TestLabel(t *testing.T) {
+	for name, want := range map[string]string{
+		"tcp": "tcp", "syscall-latency": "syscall_2dlatency", "a_b": "a_5fb", "0": "_30", "a0Z": "a0Z", "_": "_5f", "é/": "_c3_a9_2f",
+	} {
+		if got := label(name); got != want || objectName(objectPrefix+got) != name {
+			t.Errorf("%q becomes %q, and that %q", name, got, objectName(objectPrefix+got))
+		}
+	}
+	for _, element := range []string{"", "_", "0", "_61", "a_2D", "a_2", "a__", "a-b", "a_zz", "a/b"} {
+		if name := objectName(objectPrefix + element); name != "" {
+			t.Errorf("%q is the path of %q", element, name)
 		}
 	}
 }
@@ -512,7 +584,95 @@ func TestSignals(t *testing.T) {
 	if err := alice.Close(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the subscriber is forgotten", func() bool { return len(f.session.Load().subscribersOf(1001)) == 0 })
+	eventually(t, "the subscriber is forgotten", func() bool {
+		return len(f.session.Load().subscribersThat(func(uid uint32) bool { return uid == 1001 })) == 0
+	})
+}
+
+// What happens to published objects is for all who asked to hear of objects.
+func TestObjectSignals(t *testing.T) {
+	f := newFixture(t)
+	alice, bob, silent := f.connectAs(t, 1001), f.connectAs(t, 1002), f.connectAs(t, 1003)
+	heard := map[*client]chan *dbus.Signal{}
+	for _, c := range []*client{alice, bob, silent} {
+		heard[c] = make(chan *dbus.Signal, 100)
+		if err := c.AddMatchSignal(dbus.WithMatchSender(busName)); err != nil {
+			t.Fatal(err)
+		}
+		c.Signal(heard[c])
+		if c == silent {
+			continue
+		}
+		if err := c.call(rootPath, objectManagerInterface+".GetManagedObjects").Err; err != nil {
+			t.Fatal(err)
+		}
+	}
+	o := broker.Object{Description: f.broker.describe("a-b")}
+	f.broker.object(o, catalog.Appeared)
+	o.State = catalog.Unloaded
+	f.broker.object(o, catalog.Changed)
+	f.broker.object(failedObject, catalog.Changed)
+	f.broker.object(o, catalog.Gone)
+	const path, odd = objectPrefix + "a_2db", objectPrefix + "_30_5fa_2db_ff"
+	for _, c := range []*client{alice, bob} {
+		var got []string
+		for len(got) < 4 {
+			select {
+			case s := <-heard[c]:
+				switch {
+				case strings.HasSuffix(s.Name, "InterfacesAdded"):
+					p := s.Body[1].(map[string]map[string]dbus.Variant)[objectInterface]
+					got = append(got, fmt.Sprint(s.Path, " added ", s.Body[0], p["Name"], p["State"], len(p)))
+				case strings.HasSuffix(s.Name, "InterfacesRemoved"):
+					got = append(got, fmt.Sprint(s.Path, " removed ", s.Body))
+				case strings.HasSuffix(s.Name, "PropertiesChanged"):
+					p := s.Body[1].(map[string]dbus.Variant)
+					got = append(got, fmt.Sprint(s.Path, " changed ", s.Body[0], p["State"], p["Available"], len(p), s.Body[2]))
+				}
+			case <-time.After(10 * time.Second):
+				t.Fatalf("no signal after %q", got)
+			}
+		}
+		if diff := cmp.Diff([]string{
+			rootPath + " added " + path + `"a-b" "loaded" 10`,
+			path + " changed " + objectInterface + `"unloaded" true 9 []`,
+			odd + " changed " + objectInterface + `"failed" false 9 []`,
+			rootPath + " removed [" + path + " [" + objectInterface + "]]",
+		}, got); diff != "" {
+			t.Errorf("signals (-want +got):\n%s", diff)
+		}
+	}
+	if err := silent.BusObject().Call("org.freedesktop.DBus.GetId", 0).Err; err != nil { // comes after signals
+		t.Fatal(err)
+	}
+	for len(heard[silent]) > 0 {
+		if s := <-heard[silent]; !strings.HasPrefix(s.Name, "org.freedesktop.DBus.Name") {
+			t.Errorf("who didn't ask heard %v", s)
+		}
+	}
+}
+
+// PropertiesChanged has what the description says that it has.
+func TestObjectChangesAreAsDescribed(t *testing.T) {
+	node, err := parseDescription(description.Description)
+	if err != nil {
+		t.Fatal(err)
+	}
+	described := map[string]bool{}
+	for _, i := range node.Interfaces {
+		for _, p := range i.Properties {
+			if i.Name == objectInterface && p.Name != "Name" {
+				described[p.Name] = true
+			}
+		}
+	}
+	got := map[string]bool{}
+	for name := range objectSignal(failedObject, catalog.Changed).values[1].(map[string]dbus.Variant) {
+		got[name] = true
+	}
+	if diff := cmp.Diff(described, got); diff != "" {
+		t.Errorf("properties (-described +sent):\n%s", diff)
+	}
 }
 
 func TestSubscribersAreLimited(t *testing.T) {

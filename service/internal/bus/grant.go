@@ -59,8 +59,9 @@ func (f *Front) grantHandlers() map[string]handler {
 // live is the State of a grant that has not ended.
 const live = "live"
 
-func grantProperties(g grant.Grant) map[string]dbus.Variant {
-	return variants(map[string]any{
+// grantOf is a grant on the bus.
+func grantOf(g grant.Grant) published {
+	return published{grantPath(g), grantInterface, variants(map[string]any{
 		"Profile":      g.Profile,
 		"Tier":         g.Tier,
 		"OwnerUID":     g.Owner,
@@ -73,50 +74,5 @@ func grantProperties(g grant.Grant) map[string]dbus.Variant {
 		"State":        live,
 		"Capabilities": list(g.Capabilities),
 		"NotEnforced":  list(g.NotEnforced),
-	})
-}
-
-// grantSignal is a signal about a grant.
-type grantSignal struct {
-	path          dbus.ObjectPath
-	iface, member string
-	values        []any
-}
-
-// signal tells the grant's owner, on those connections that asked for it. On the
-// system bus a broadcast would be for everybody.
-func (f *Front) signal(g grant.Grant, signals func(grant.Grant) []grantSignal) {
-	s := f.session.Load()
-	if s == nil {
-		return
-	}
-	for _, name := range s.subscribersOf(g.Owner) {
-		for _, signal := range signals(g) {
-			// Who doesn't get it has left, or the bus has.
-			_ = s.conn.Signal(name, signal.path, signal.iface, signal.member, signal.values...)
-		}
-	}
-}
-
-func madeSignals(g grant.Grant) []grantSignal {
-	return []grantSignal{{rootPath, objectManagerInterface, "InterfacesAdded",
-		[]any{grantPath(g), map[string]map[string]dbus.Variant{grantInterface: grantProperties(g)}}}}
-}
-
-func leasedSignals(g grant.Grant) []grantSignal {
-	return []grantSignal{changed(g, "Expires", uint64(g.Expires))}
-}
-
-func endedSignals(reason grant.Reason) func(grant.Grant) []grantSignal {
-	return func(g grant.Grant) []grantSignal {
-		return []grantSignal{
-			changed(g, "State", string(reason)),
-			{rootPath, objectManagerInterface, "InterfacesRemoved", []any{grantPath(g), []string{grantInterface}}},
-		}
-	}
-}
-
-func changed(g grant.Grant, property string, value any) grantSignal {
-	return grantSignal{grantPath(g), propertiesInterface, "PropertiesChanged",
-		[]any{grantInterface, variants(map[string]any{property: value}), []string{}}}
+	})}
 }

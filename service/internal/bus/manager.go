@@ -79,9 +79,9 @@ func (f *Front) managerHandlers() map[string]handler {
 			}
 			profiles := []summary{}
 			for _, o := range b.ListProfiles() {
-				s := summary{o.Name, o.Description, o.Tier.String(), o.Refusal == nil, "", ""}
+				s := summary{printable(o.Name), o.Description, o.Tier.String(), o.Refusal == nil, "", ""}
 				if o.Refusal != nil {
-					s.Reason, s.Remedy = o.Refusal.Reason, o.Refusal.Remedy
+					s.Reason, s.Remedy = printable(o.Refusal.Reason), o.Refusal.Remedy
 				}
 				profiles = append(profiles, s)
 			}
@@ -234,10 +234,12 @@ func variants(values map[string]any) map[string]dbus.Variant {
 	return out
 }
 
-// list keeps an empty list from being nil, for which godbus has no encoding.
+// list makes a list one that godbus can encode: not nil, and of texts that D-Bus
+// has.
 func list(items []string) []string {
-	if items == nil {
-		return []string{}
+	all := make([]string, 0, len(items))
+	for _, item := range items {
+		all = append(all, printable(item))
 	}
-	return items
+	return all
 }

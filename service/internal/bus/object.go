@@ -38,6 +38,7 @@ var nodes = map[string][]string{
 	"/org/bpfbroker":    nil,
 	rootPath:            {managerInterface, objectManagerInterface},
 	rootPath + "/grant": nil,
+	objectsPath:         nil,
 	"/org/freedesktop":  nil,
 	logControlPath:      {logControlInterface},
 }
@@ -45,13 +46,16 @@ var nodes = map[string][]string{
 // everywhere are the interfaces that every object has.
 var everywhere = []string{peerInterface, introspectableInterface, propertiesInterface}
 
-// interfacesAt returns the interfaces of an object, nil if there is none. A
-// grant's object is there for every id: whether there is the grant is the
-// broker's to say, and not to everybody.
+// interfacesAt returns the interfaces of an object, nil if there is none. The
+// object of a grant is there for every id, and that of what is published for every
+// name: whether there is such a thing is the broker's to say.
 func interfacesAt(object string) []string {
 	own, ok := nodes[object]
 	if id, found := strings.CutPrefix(object, grantPrefix); found && new(grant.ID).UnmarshalText([]byte(id)) == nil {
 		own, ok = []string{grantInterface}, true
+	}
+	if name := objectName(object); name != "" {
+		own, ok = []string{objectInterface}, true
 	}
 	if !ok {
 		return nil
@@ -86,6 +90,11 @@ func (f *Front) introspect(object string) string {
 	for _, child := range slices.Sorted(maps.Keys(nodes)) {
 		if child != "/" && path.Dir(child) == object {
 			fmt.Fprintf(text, "  <node name=%q/>\n", path.Base(child))
+		}
+	}
+	if object == objectsPath {
+		for _, o := range f.Broker.ListObjects() {
+			fmt.Fprintf(text, "  <node name=%q/>\n", label(o.Name))
 		}
 	}
 	text.WriteString("</node>\n")

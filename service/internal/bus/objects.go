@@ -6,6 +6,8 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"strconv"
+	"strings"
 
 	"github.com/godbus/dbus/v5"
 
@@ -13,6 +15,97 @@ import (
 	"github.com/bpfbroker/bpfbroker/service/internal/catalog"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
 )
+
+const (
+	objectInterface = busName + ".Object"
+	objectsPath     = rootPath + "/object"
+	objectPrefix    = objectsPath + "/"
+)
+
+// label makes an element of an object path of a name, as sd_bus_path_encode(3)
+// does: all but letters and digits, and a digit at the beginning, become _xx.
+func label(name string) string {
+	text := new(strings.Builder)
+	for i := range len(name) {
+		c := name[i]
+		if c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' && i > 0 {
+			text.WriteByte(c)
+		} else {
+			fmt.Fprintf(text, "_%02x", c)
+		}
+	}
+	return text.String()
+}
+
+// objectName returns the name in the path of a published object, "" if that is
+// none. Each name has one path.
+func objectName(object string) string {
+	element, ok := strings.CutPrefix(object, objectPrefix)
+	if !ok {
+		return ""
+	}
+	var name []byte
+	for rest := element; rest != ""; {
+		var c byte
+		if c, rest = rest[0], rest[1:]; c == '_' && len(rest) >= 2 {
+			n, err := strconv.ParseUint(rest[:2], 16, 8)
+			if err != nil {
+				return ""
+			}
+			c, rest = byte(n), rest[2:]
+		}
+		name = append(name, c)
+	}
+	if label(string(name)) != element {
+		return ""
+	}
+	return string(name)
+}
+
+// summary is what a list shows of a published object.
+type summary struct {
+	Name, Description, State string
+	Available                bool
+	Reason, Remedy           string
+}
+
+func summarize(o broker.Object) summary {
+	s := summary{printable(o.Name), "", string(o.State), o.Refusal == nil, "", ""}
+	if o.Object != nil {
+		s.Description = o.Object.Description
+	}
+	if o.Refusal != nil {
+		s.Reason, s.Remedy = printable(o.Refusal.Reason), o.Refusal.Remedy
+	}
+	return s
+}
+
+// objectOf is a published object on the bus.
+func objectOf(o broker.Object) published {
+	s := summarize(o)
+	properties := map[string]any{
+		"Name": s.Name, "Description": s.Description, "State": s.State,
+		"Available": s.Available, "Reason": s.Reason, "Remedy": s.Remedy,
+		"Load": "", "Keep": "", "Maps": []string{}, "Programs": []string{},
+	}
+	if o.Object != nil {
+		properties["Load"], properties["Keep"] = o.Object.LoadText(), o.Object.KeepText()
+		properties["Maps"], properties["Programs"] = list(o.Object.MapNames()), list(o.Object.ProgramNames())
+	}
+	return published{dbus.ObjectPath(objectPrefix + label(o.Name)), objectInterface, variants(properties)}
+}
+
+// objectSignal is the one for the news of a published object.
+func objectSignal(o broker.Object, news catalog.News) signal {
+	p := objectOf(o)
+	switch news {
+	case catalog.Appeared:
+		return added(p)
+	case catalog.Gone:
+		return removed(p)
+	}
+	return changed(p, "Description", "State", "Available", "Reason", "Remedy", "Load", "Keep", "Maps", "Programs")
+}
 
 // objectHandlers are those of the manager's methods for published objects.
 func (f *Front) objectHandlers() map[string]handler {
@@ -22,18 +115,9 @@ func (f *Front) objectHandlers() map[string]handler {
 			if err := r.decodeOptions(nil); err != nil {
 				return nil, err
 			}
-			type summary struct {
-				Name, Description, State string
-				Available                bool
-				Reason, Remedy           string
-			}
 			objects := []summary{}
 			for _, o := range b.ListObjects() {
-				s := summary{o.Name, o.Status.Description, string(o.State), o.Refusal == nil, "", ""}
-				if o.Refusal != nil {
-					s.Reason, s.Remedy = o.Refusal.Reason, o.Refusal.Remedy
-				}
-				objects = append(objects, s)
+				objects = append(objects, summarize(o))
 			}
 			return []any{objects}, nil
 		},
@@ -180,7 +264,7 @@ func describeObject(o broker.Object) map[string]dbus.Variant {
 	}
 	description := map[string]any{
 		"Name":        o.Name,
-		"Description": o.Status.Description,
+		"Description": o.Object.Description,
 		"State":       string(o.State),
 		"Available":   o.Refusal == nil,
 		"Load":        o.Object.LoadText(),

@@ -297,13 +297,13 @@ func (s *session) subscribe(r *request) error {
 	return nil
 }
 
-// subscribersOf returns the names of a user's subscribers.
-func (s *session) subscribersOf(uid uint32) []string {
+// subscribersThat returns the names of the subscribers whose uids are wanted.
+func (s *session) subscribersThat(wanted func(uid uint32) bool) []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var names []string
-	for name, u := range s.subscribers {
-		if u == uid {
+	for name, uid := range s.subscribers {
+		if wanted(uid) {
 			names = append(names, name)
 		}
 	}

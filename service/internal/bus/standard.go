@@ -50,14 +50,14 @@ func (f *Front) standardHandlers() map[string]map[string]handler {
 	}
 }
 
-// getManagedObjects returns the caller's own grants, and from then on signals
-// about them go to the caller's connection.
+// getManagedObjects returns the caller's own grants and the published objects,
+// and from then on signals about them go to the caller's connection.
 func (f *Front) getManagedObjects(ctx context.Context, r *request) ([]any, error) {
 	c, err := r.caller()
 	if err != nil {
 		return nil, err
 	}
-	// First, so that no grant is missed.
+	// First, so that nothing is missed.
 	if err := r.session.subscribe(r); err != nil {
 		return nil, err
 	}
@@ -65,11 +65,15 @@ func (f *Front) getManagedObjects(ctx context.Context, r *request) ([]any, error
 	if err != nil {
 		return nil, err
 	}
-	objects := make(map[dbus.ObjectPath]map[string]map[string]dbus.Variant, len(grants))
+	all := map[dbus.ObjectPath]map[string]map[string]dbus.Variant{}
+	add := func(p published) { all[p.path] = map[string]map[string]dbus.Variant{p.iface: p.properties} }
 	for _, g := range grants {
-		objects[grantPath(*g)] = map[string]map[string]dbus.Variant{grantInterface: grantProperties(*g)}
+		add(grantOf(*g))
 	}
-	return []any{objects}, nil
+	for _, o := range f.Broker.ListObjects() {
+		add(objectOf(o))
+	}
+	return []any{all}, nil
 }
 
 func (f *Front) getProperty(ctx context.Context, r *request) ([]any, error) {
@@ -108,7 +112,13 @@ func (f *Front) properties(ctx context.Context, r *request, iface string) (map[s
 		if err != nil {
 			return nil, err
 		}
-		return grantProperties(g), nil
+		return grantOf(g).properties, nil
+	case objectInterface:
+		o, err := f.Broker.FindObject(objectName(r.message.Path))
+		if err != nil {
+			return nil, err
+		}
+		return objectOf(o).properties, nil
 	case logControlInterface:
 		return variants(map[string]any{
 			"LogLevel":         levelName(f.LogLevel.Level()),

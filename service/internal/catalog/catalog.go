@@ -54,6 +54,7 @@ type Catalog struct {
 	lastUser uint64
 	untidy   atomic.Bool
 	guard    Guard // nil where there is none
+	tellNews func(Status, News)
 }
 
 // entry is one object, and what is there of it.
@@ -79,6 +80,8 @@ type entry struct {
 	// users are the processes that an object is kept for.
 	users  map[uint64]*user
 	expiry *time.Timer
+	// told is what was last told of it, nil if nothing was.
+	told *Status
 }
 
 // New opens the catalog whose pins are below root, in a BPF file system, and
@@ -88,7 +91,7 @@ func New(root, state string) (*Catalog, error) {
 	if err := os.MkdirAll(state, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the directory of objects' users: %w", err)
 	}
-	c := &Catalog{root: root, state: state, entries: map[string]*entry{}, users: map[uint64]*user{}}
+	c := &Catalog{root: root, state: state, entries: map[string]*entry{}, users: map[uint64]*user{}, tellNews: func(Status, News) {}}
 	var err error
 	if c.watcher, err = kernel.NewWatcher(c.exited, func() {}); err != nil {
 		return nil, err
@@ -115,9 +118,7 @@ func (c *Catalog) Close() {
 	for _, e := range entries {
 		e.mu.Lock()
 		clear(e.users)
-		if e.expiry != nil {
-			e.expiry.Stop()
-		}
+		e.stopExpiry()
 		e.mu.Unlock()
 	}
 }
@@ -129,78 +130,112 @@ func (c *Catalog) Set(set *Set) {
 	for _, err := range set.Errors() {
 		slog.Warn("cannot offer an object", "error", err)
 	}
-	found, err := c.scan()
+	pins, err := c.listPins()
 	if err != nil {
 		slog.Error("cannot look for loaded objects", "error", err)
 	}
+	names := set.Wrong()
+	for _, o := range set.All() {
+		names = append(names, o.Name)
+	}
+	for _, pin := range pins {
+		names = append(names, objectOf(pin))
+	}
 	c.mu.Lock()
 	c.set = set
-	objects := map[string]*Object{}
-	for _, o := range set.All() {
-		objects[o.Name] = o
-	}
-	for _, name := range slices.Concat(slices.Collect(maps.Keys(objects)), slices.Collect(maps.Keys(found)), set.Wrong()) {
+	for _, name := range names {
 		if c.entries[name] == nil {
-			c.entries[name] = &entry{name: name, users: map[uint64]*user{}}
+			// As a whole: somebody may ask for it before its turn comes.
+			e := &entry{name: name, users: map[uint64]*user{}}
+			e.object, e.wrong = set.Get(name)
+			c.entries[name] = e
 		}
 	}
 	entries := slices.SortedFunc(maps.Values(c.entries), func(a, b *entry) int { return strings.Compare(a.name, b.name) })
 	c.mu.Unlock()
 
 	for _, e := range entries {
-		_, err := set.Get(e.name)
 		e.mu.Lock()
-		e.object, e.plan, e.wrong, e.failure = objects[e.name], nil, err, nil
-		e.old, e.loaded = found[e.name], ""
-		switch {
-		case err == nil && (e.object.AtBoot || len(e.old) > 0):
-			// What went wrong is in the entry and in the journal.
-			_ = c.load(e)
-			if e.loaded != "" {
-				c.remember(e)
-			}
-		case errors.Is(err, ErrNoSuchObject):
-			c.unload(e)
-			e.gone = true
-			c.mu.Lock()
-			delete(c.entries, e.name)
-			c.mu.Unlock()
-		}
+		c.renew(e, set)
 		e.mu.Unlock()
 	}
 	c.tidy()
 }
 
-// scan finds what is loaded, and takes away what was half done.
-func (c *Catalog) scan() (map[string][]string, error) {
-	found := map[string][]string{}
-	names, err := os.ReadDir(c.root)
-	if errors.Is(err, os.ErrNotExist) {
-		return found, nil
-	}
+// renew brings one object to what its files say now. The caller has the entry's
+// lock, so that nobody loads or unloads it meanwhile.
+func (c *Catalog) renew(e *entry, set *Set) {
+	old, err := c.instancesOf(e.name)
 	if err != nil {
-		return found, err
+		slog.Error("cannot look for a loaded object", "object", e.name, "error", err)
 	}
-	for _, entry := range names {
-		path := filepath.Join(c.root, entry.Name())
-		if strings.HasPrefix(entry.Name(), stage) {
-			c.unprotect(path)
-			if err := removePins(path); err != nil {
-				return found, err
-			}
-			continue
+	e.stopExpiry() // Keep= may be another one
+	e.object, e.wrong = set.Get(e.name)
+	e.plan, e.failure, e.old, e.loaded = nil, nil, old, ""
+	switch {
+	case errors.Is(e.wrong, ErrNoSuchObject):
+		e.gone = true
+		c.unload(e)
+		c.mu.Lock()
+		delete(c.entries, e.name)
+		c.mu.Unlock()
+		if e.told != nil {
+			c.tellNews(*e.told, Gone)
 		}
-		name, _, ok := strings.Cut(entry.Name(), version)
-		if ok {
-			found[name] = append(found[name], path)
+		return
+	case e.wrong == nil && (e.object.AtBoot || len(old) > 0):
+		// What went wrong is in the entry and in the journal.
+		_ = c.load(e)
+		if e.loaded != "" {
+			c.remember(e)
 		}
 	}
-	return found, nil
+	c.tell(e)
 }
 
-// entry gives an object's entry, locked, or ErrNoSuchObject or what is wrong with
-// its files. The caller unlocks it.
-func (c *Catalog) entry(name string) (*entry, error) {
+// listPins lists the directories of pins by their names, those that are being filled
+// or emptied too.
+func (c *Catalog) listPins() ([]string, error) {
+	entries, err := os.ReadDir(c.root)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	var names []string
+	for _, entry := range entries {
+		if name := entry.Name(); strings.HasPrefix(name, stage) || strings.Contains(name, version) {
+			names = append(names, name)
+		}
+	}
+	return names, nil
+}
+
+// objectOf says whose pins a directory has, by its name.
+func objectOf(pins string) string {
+	name, _, _ := strings.Cut(strings.TrimPrefix(pins, stage), version)
+	return name
+}
+
+// instancesOf finds what is loaded of an object, and takes away what was half done.
+// The caller has the entry's lock.
+func (c *Catalog) instancesOf(name string) (found []string, err error) {
+	pins, err := c.listPins()
+	for _, pin := range pins {
+		path := filepath.Join(c.root, pin)
+		switch {
+		case objectOf(pin) != name:
+		case strings.HasPrefix(pin, stage):
+			c.unprotect(path)
+			err = errors.Join(err, removePins(path))
+		default:
+			found = append(found, path)
+		}
+	}
+	return found, err
+}
+
+// find gives an object's entry, locked, or ErrNoSuchObject or what keeps all from
+// being found. The caller unlocks it.
+func (c *Catalog) find(name string) (*entry, error) {
 	c.mu.Lock()
 	set := c.set
 	e := c.entries[name]
@@ -213,9 +248,18 @@ func (c *Catalog) entry(name string) (*entry, error) {
 		return nil, err
 	}
 	e.mu.Lock()
-	if e.gone {
+	if e.gone || errors.Is(e.wrong, ErrNoSuchObject) {
 		e.mu.Unlock()
 		return nil, ErrNoSuchObject
+	}
+	return e, nil
+}
+
+// entry is find for an object whose files are right.
+func (c *Catalog) entry(name string) (*entry, error) {
+	e, err := c.find(name)
+	if err != nil {
+		return nil, err
 	}
 	if err := c.ready(e); err != nil {
 		e.mu.Unlock()
@@ -227,17 +271,23 @@ func (c *Catalog) entry(name string) (*entry, error) {
 // ready makes the plan of an object whose files are right.
 func (c *Catalog) ready(e *entry) error {
 	if e.wrong == nil && e.plan == nil {
-		e.plan, _, e.wrong = c.plan(e.object)
+		if e.plan, _, e.wrong = c.plan(e.object); e.wrong != nil {
+			c.tell(e)
+		}
 	}
 	return e.wrong
 }
 
 // Status is an object in short.
 type Status struct {
-	Name, Description string
-	State             State
+	Name  string
+	State State
+	// Object is what its files say, nil if they are wrong.
+	Object *Object
 	// Err says why it isn't available, if it isn't.
 	Err error
+
+	instance string // which is loaded
 }
 
 // State says what is there of an object.
@@ -258,23 +308,40 @@ func (c *Catalog) List() []Status {
 	c.mu.Unlock()
 	var all []Status
 	for _, name := range names {
-		d, err := c.Describe(name)
-		if errors.Is(err, ErrNoSuchObject) {
-			continue
+		if s, err := c.Status(name); err == nil { // it may have gone meanwhile
+			all = append(all, s)
 		}
-		s := d.Status
-		if err != nil {
-			s = Status{Name: name, State: Failed, Err: err}
-		}
-		all = append(all, s)
 	}
 	return all
+}
+
+// Status returns one object in short, also one with wrong files.
+func (c *Catalog) Status(name string) (Status, error) {
+	e, err := c.find(name)
+	if err != nil {
+		return Status{}, err
+	}
+	defer e.mu.Unlock()
+	_ = c.ready(e) // what is wrong is in the status
+	return e.status(), nil
+}
+
+func (e *entry) status() Status {
+	s := Status{Name: e.name, State: Unloaded, Object: e.object, instance: e.loaded}
+	switch {
+	case e.wrong != nil:
+		s.State, s.Object, s.Err = Failed, nil, e.wrong
+	case e.loaded != "":
+		s.State = Loaded
+	case e.failure != nil:
+		s.State, s.Err = Failed, e.failure
+	}
+	return s
 }
 
 // Description is an object, and all that it says.
 type Description struct {
 	Status
-	Object   *Object
 	Maps     []MapInfo
 	Programs []ProgramInfo
 	Links    []LinkInfo
@@ -294,18 +361,7 @@ func (c *Catalog) Describe(name string) (Description, error) {
 		return Description{}, err
 	}
 	defer e.mu.Unlock()
-	d := Description{
-		Status:   Status{Name: name, Description: e.object.Description, State: Unloaded},
-		Object:   e.object,
-		Maps:     e.plan.maps,
-		Programs: e.plan.programs,
-	}
-	switch {
-	case e.loaded != "":
-		d.State = Loaded
-	case e.failure != nil:
-		d.State, d.Err = Failed, e.failure
-	}
+	d := Description{Status: e.status(), Maps: e.plan.maps, Programs: e.plan.programs}
 	for _, a := range e.plan.attachments {
 		d.Links = append(d.Links, LinkInfo{
 			Name: a.name, Program: a.program, Type: string(a.kind), Target: a.target,
@@ -435,21 +491,23 @@ func (c *Catalog) open(name string, process *kernel.Process, find func(*entry) (
 // XDP program is attached to, puts it into a published XSKMAP, and hands it out,
 // as OpenMap does a map. The interface's name comes with it. The socket is the
 // caller's to close, and when its last holder has closed it the queue is free.
-func (c *Catalog) OpenSocket(name, mapName string, queue uint32, process *kernel.Process) (_ *kernel.PacketSocket, device string, err error) {
-	var packets *kernel.PacketSocket
+func (c *Catalog) OpenSocket(name, mapName string, queue uint32, process *kernel.Process) (packets *kernel.PacketSocket, device string, err error) {
 	file, err := c.open(name, process, func(e *entry) (string, uint32, error) {
 		return filepath.Join(mapsDir, mapName), 0, e.offered(mapName, Receive)
 	}, func(e *entry, file *os.File) error {
 		packets, device, err = e.receive(file, queue)
 		return err
 	})
+	if err == nil {
+		err = file.Close()
+	}
 	if err != nil {
 		if packets != nil {
 			packets.Close()
 		}
 		return nil, "", err
 	}
-	return packets, device, file.Close()
+	return packets, device, nil
 }
 
 // receive makes a packet socket and puts it into a map.

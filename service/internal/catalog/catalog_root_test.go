@@ -612,15 +612,7 @@ func TestKeep(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			f := newFixture(t)
 			f.object("kinds", strings.Replace(head, "[Map hits]", "Keep="+test.keep+"\n[Map hits]", 1))
-			open := func(p *testtarget.Process) {
-				t.Helper()
-				process, err := kernel.NewProcess(p.Dup())
-				f.check(err)
-				defer process.Close()
-				file, err := f.OpenMap("kinds", "hits", ReadOnly, process)
-				f.check(err)
-				_ = file.Close()
-			}
+			open := func(p *testtarget.Process) { t.Helper(); f.openBy(p, "kinds") }
 			first, second := testtarget.Start(t, testtarget.Attr{}), testtarget.Start(t, testtarget.Attr{})
 			open(first)
 			open(first)

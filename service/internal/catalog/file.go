@@ -5,6 +5,7 @@ package catalog
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"path"
 	"slices"
@@ -78,6 +79,21 @@ func (o *Object) KeepText() string {
 		return "while-used"
 	}
 	return config.FormatSpan(o.Keep)
+}
+
+// MapNames gives the names of the maps that it publishes, in order.
+func (o *Object) MapNames() []string { return slices.Sorted(maps.Keys(o.Maps)) }
+
+// ProgramNames gives the names of the programs that it publishes, in order.
+func (o *Object) ProgramNames() []string {
+	var names []string
+	for name, p := range o.Programs {
+		if p.Publish {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
 }
 
 // Map is a map that an object publishes.

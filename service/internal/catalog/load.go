@@ -82,6 +82,7 @@ func cut(text string, length int) string {
 // it adopts one that is there, or loads it, and then takes those of older
 // versions away. The caller has the entry's lock.
 func (c *Catalog) load(e *entry) error {
+	defer c.tell(e)
 	if e.failure != nil && time.Since(e.failed) < retryTime {
 		return e.failure
 	}
@@ -352,6 +353,7 @@ func (a attachment) holds(path string, program *ebpf.Program, index int) (bool, 
 
 // unload takes an object out of the kernel. The caller has the entry's lock.
 func (c *Catalog) unload(e *entry) {
+	defer c.tell(e)
 	if e.loaded != "" {
 		e.old = append(e.old, e.loaded)
 		e.loaded, e.held = "", nil

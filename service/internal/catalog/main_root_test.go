@@ -134,6 +134,21 @@ func (f *fixture) openMap(object, name string, access Access) *ebpf.Map {
 	return m
 }
 
+// openBy opens a map as another process.
+func (f *fixture) openBy(p *testtarget.Process, object string) {
+	f.t.Helper()
+	process, err := kernel.NewProcess(p.Dup())
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	defer process.Close()
+	file, err := f.OpenMap(object, "hits", ReadOnly, process)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	_ = file.Close()
+}
+
 // pins are the paths below the catalog's root, without digests.
 func (f *fixture) pins() []string {
 	f.t.Helper()

@@ -67,11 +67,15 @@ func (c *Catalog) watch(e *entry, process *kernel.Process) error {
 		return err
 	}
 	c.users[u.key], e.users[u.key] = u, u
+	e.stopExpiry()
+	return nil
+}
+
+func (e *entry) stopExpiry() {
 	if e.expiry != nil {
 		e.expiry.Stop()
 		e.expiry = nil
 	}
-	return nil
 }
 
 // exited is told by the watcher that a user's process has.
@@ -162,10 +166,7 @@ func (c *Catalog) forget(e *entry) {
 	for _, u := range e.users {
 		c.drop(u)
 	}
-	if e.expiry != nil {
-		e.expiry.Stop()
-		e.expiry = nil
-	}
+	e.stopExpiry()
 	_ = os.Remove(c.stateFile(e)) // where there is none, there is none
 }
 

@@ -156,7 +156,10 @@ type objectSummary struct {
 }
 
 func summarizeObject(o broker.Object) objectSummary {
-	s := objectSummary{Name: o.Name, Description: o.Status.Description, State: string(o.State), Available: o.Refusal == nil}
+	s := objectSummary{Name: o.Name, State: string(o.State), Available: o.Refusal == nil}
+	if o.Object != nil {
+		s.Description = o.Object.Description
+	}
 	if o.Refusal != nil {
 		s.Reason, s.Remedy = o.Refusal.Reason, o.Refusal.Remedy
 	}
