@@ -91,6 +91,11 @@ func TestMethods(t *testing.T) {
 			},
 		},
 		{
+			"OpenLink", `{"object":"a","link":"l"}`, `{"link":{"name":"l","program":"q","type":"xdp","target":"lo","attached":true}}`,
+			func(ctx context.Context, c *Client) (any, error) { return c.OpenLink(ctx, "a", "l") },
+			&ObjectLink{"l", "q", "xdp", "lo", true},
+		},
+		{
 			"MountObjects", `{"objects":["a","b"],"processFileDescriptor":0,"path":"/mnt"}`, `{"pins":["a/m"],"warnings":["w"]}`,
 			func(ctx context.Context, c *Client) (any, error) {
 				pins, warnings, err := c.MountObjects(ctx, []string{"a", "b"}, os.Stderr, "/mnt")
@@ -406,6 +411,14 @@ func TestOpenObjects(t *testing.T) {
 	t.Cleanup(func() { _ = directory.Close() }) // after the fake's end
 	f := newFake(t, nil)
 	c := f.client(t)
+	memory, err := os.Create(filepath.Join(t.TempDir(), "memory"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = memory.Close() })
+	if err := memory.Truncate(4096); err != nil {
+		t.Fatal(err)
+	}
 	open := 0 // once there is a connection
 	for _, test := range []struct {
 		reply string
@@ -416,6 +429,14 @@ func TestOpenObjects(t *testing.T) {
 		{`{"mapFileDescriptor":1,"programFileDescriptor":1,"access":"read-only","warnings":[]}`, []*os.File{directory}},
 		{`{"access":"read-only","warnings":[]}`, []*os.File{directory}},
 		{`{"mapFileDescriptor":0,"access":"read-write","warnings":[]}`, []*os.File{directory}},
+		{`{"socketFileDescriptor":0,"memoryFileDescriptor":1,"interface":"lo","frames":2,"frameSize":2048}`, []*os.File{directory, memory}},
+		{`{"socketFileDescriptor":0,"memoryFileDescriptor":1,"interface":"lo","frames":1024,"frameSize":2048}`, []*os.File{directory, memory}},
+		{`{"socketFileDescriptor":0,"memoryFileDescriptor":1,"interface":"lo","frames":3,"frameSize":2048}`, []*os.File{directory, memory}},
+		{`{"socketFileDescriptor":0,"memoryFileDescriptor":1,"interface":"lo","frames":-2,"frameSize":-2048}`, []*os.File{directory, memory}},
+		{`{"socketFileDescriptor":0,"memoryFileDescriptor":1,"interface":"lo","frames":4611686018427387904,"frameSize":4}`, []*os.File{directory, memory}},
+		{`{"socketFileDescriptor":0,"memoryFileDescriptor":1,"interface":"lo","frames":1,"frameSize":4096}`, []*os.File{memory, directory}},
+		{`{"socketFileDescriptor":0,"memoryFileDescriptor":0,"interface":"lo","frames":2,"frameSize":2048}`, []*os.File{directory, memory}},
+		{`{"socketFileDescriptor":0,"memoryFileDescriptor":1,"interface":"lo","frames":2,"frameSize":2048}`, []*os.File{memory}},
 	} {
 		f.setAnswer(func(*wire.Request, []*os.File) (any, []*os.File) {
 			return wire.Reply{Parameters: json.RawMessage(test.reply)}, test.files
@@ -427,6 +448,10 @@ func TestOpenObjects(t *testing.T) {
 		if p, err := c.OpenProgram(t.Context(), "o", "p"); err == nil {
 			_ = p.Close()
 			t.Errorf("%s: got a program", test.reply)
+		}
+		if s, err := c.OpenSocket(t.Context(), "o", "m", 0); err == nil {
+			_ = s.Close()
+			t.Errorf("%s: got a socket", test.reply)
 		}
 		if open == 0 {
 			open = openFiles(t)

@@ -6,11 +6,12 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
 
 	"github.com/bpfbroker/bpfbroker/service/client/typed"
+	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
 	"github.com/bpfbroker/bpfbroker/service/internal/varlink/wire"
 )
 
@@ -100,13 +101,86 @@ func (c *Client) OpenProgram(ctx context.Context, object, name string) (*ebpf.Pr
 	return p, nil
 }
 
+// OpenLink describes one link of an object, and opens nothing: a link's descriptor
+// would be good for ending it. An *Error NoSuchLink says that there is none.
+func (c *Client) OpenLink(ctx context.Context, object, name string) (*ObjectLink, error) {
+	in := struct {
+		Object string `json:"object"`
+		Link   string `json:"link"`
+	}{object, name}
+	var out struct {
+		Link *ObjectLink `json:"link"`
+	}
+	err := c.call(ctx, "OpenLink", in, &out)
+	if err == nil && out.Link == nil {
+		err = errBadReply
+	}
+	return out.Link, err
+}
+
+// PacketSocket is an AF_XDP socket: it receives the packets that an object's XDP
+// program redirects to it, and sends nothing. Using it needs no privilege. One
+// goroutine may read while another one closes it.
+type PacketSocket struct {
+	// Interface is the name of the interface that it receives from.
+	Interface string
+	// Size is how many bytes have room for any packet.
+	Size   int
+	reader *kernel.PacketReader
+}
+
+// Read waits for a packet and copies it, from its Ethernet header on; what there is
+// no room for is lost. The error is os.ErrClosed, os.ErrDeadlineExceeded, or the
+// socket's.
+func (s *PacketSocket) Read(packet []byte) (int, error) { return s.reader.Read(packet) }
+
+// SetReadDeadline is the time after which Read fails; the zero time is never.
+func (s *PacketSocket) SetReadDeadline(t time.Time) error { return s.reader.SetReadDeadline(t) }
+
+// Close gives the queue up, and ends a Read that is under way.
+func (s *PacketSocket) Close() error { return s.reader.Close() }
+
+// OpenSocket makes a socket for the packets that an object redirects to it in a
+// map, which is offered with the access Receive, from a queue of the interface
+// that the object is attached to. The object is loaded for it if it isn't yet. polkit
+// decides. An *Error QueueTaken says that somebody receives from that queue. The
+// caller closes it.
+func (c *Client) OpenSocket(ctx context.Context, object, name string, queue uint32) (*PacketSocket, error) {
+	in := struct {
+		Object string `json:"object"`
+		Map    string `json:"map"`
+		Queue  uint32 `json:"queue"`
+		interaction
+	}{object, name, queue, c.interaction()}
+	var out struct {
+		Socket    *int   `json:"socketFileDescriptor"`
+		Memory    *int   `json:"memoryFileDescriptor"`
+		Interface string `json:"interface"`
+		Frames    int    `json:"frames"`
+		FrameSize int    `json:"frameSize"`
+	}
+	files, err := c.callForFiles(ctx, "OpenSocket", in, &out)
+	if err != nil {
+		return nil, err
+	}
+	defer wire.CloseFiles(files) // the reader has its own
+	if out.Socket == nil || *out.Socket != 0 || out.Memory == nil || *out.Memory != 1 || len(files) != 2 {
+		return nil, errBadReply
+	}
+	reader, err := kernel.NewPacketReader(files[0], files[1], out.Frames, out.FrameSize)
+	if err != nil {
+		return nil, fmt.Errorf("cannot use the socket: %w", err)
+	}
+	return &PacketSocket{out.Interface, out.FrameSize, reader}, nil
+}
+
 // take hands a file's descriptor on: whoever makes something of it owns it then.
 func take[T any](file *os.File, make func(fd int) (T, error)) (T, error) {
 	defer file.Close()
 	var none T
-	fd, err := unix.FcntlInt(file.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	fd, err := kernel.Dup(file)
 	if err != nil {
-		return none, fmt.Errorf("cannot take file descriptor: %w", err)
+		return none, err
 	}
 	return make(fd)
 }

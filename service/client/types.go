@@ -152,6 +152,8 @@ const (
 	// Consume is for ring buffers: to take records out. Records that one consumer
 	// took are there for no other one.
 	Consume Access = "consume"
+	// Receive is for maps of packet sockets, of which OpenSocket has one.
+	Receive Access = "receive"
 )
 
 // Event is something that happened to grants. What doesn't belong to its kind is

@@ -7,10 +7,10 @@ import (
 	"fmt"
 	"iter"
 	"reflect"
+	"syscall"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
 )
 
 // Entry is a key and its value as they are in a map. Values has one value, or
@@ -49,7 +49,7 @@ func Entries(m *ebpf.Map) iter.Seq2[Entry, error] {
 		// Not for this type, or a bucket of the hash table has more than were
 		// asked for. Of an unprivileged caller's failures cilium/ebpf takes most
 		// for the first.
-		if errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, unix.ENOSPC) {
+		if errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, syscall.ENOSPC) {
 			err = r.single(yield)
 		}
 		if err != nil && !errors.Is(err, errEnough) {

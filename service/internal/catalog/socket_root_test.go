@@ -6,16 +6,13 @@ package catalog
 
 import (
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -29,30 +26,6 @@ func init() { ops["receive"] = receive }
 // the socket. It needs no capability.
 func receive(args []string, files []*os.File) (string, []*os.File, error) {
 	socket, memory := int(files[0].Fd()), int(files[1].Fd())
-	frames, err := unix.Mmap(memory, 0, kernel.PacketFrames*kernel.PacketFrameSize, unix.PROT_READ, unix.MAP_SHARED)
-	if err != nil {
-		return "", nil, err
-	}
-	var offsets unix.XDPMmapOffsets
-	length := uint32(unsafe.Sizeof(offsets))
-	if _, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(socket), unix.SOL_XDP, unix.XDP_MMAP_OFFSETS,
-		uintptr(unsafe.Pointer(&offsets)), uintptr(unsafe.Pointer(&length)), 0); errno != 0 {
-		return "", nil, errno
-	}
-	fill, err := unix.Mmap(socket, unix.XDP_UMEM_PGOFF_FILL_RING, int(offsets.Fr.Desc)+kernel.PacketFrames*8, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
-	if err != nil {
-		return "", nil, err
-	}
-	received, err := unix.Mmap(socket, unix.XDP_PGOFF_RX_RING, int(offsets.Rx.Desc)+kernel.PacketFrames*16, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
-	if err != nil {
-		return "", nil, err
-	}
-	at := func(ring []byte, offset uint64) *uint32 { return (*uint32)(unsafe.Pointer(&ring[offset])) }
-	for i := range kernel.PacketFrames {
-		binary.NativeEndian.PutUint64(fill[int(offsets.Fr.Desc)+8*i:], uint64(i*kernel.PacketFrameSize))
-	}
-	atomic.StoreUint32(at(fill, offsets.Fr.Producer), kernel.PacketFrames)
-
 	if err := unix.Bind(socket, &unix.SockaddrXDP{Ifindex: 1}); err == nil {
 		return "", nil, errors.New("the socket was bound anew")
 	}
@@ -62,20 +35,30 @@ func receive(args []string, files []*os.File) (string, []*os.File, error) {
 	if err := unix.Ftruncate(memory, 4096); err == nil {
 		return "", nil, errors.New("the memory was cut")
 	}
-
-	for seen, deadline := uint32(0), time.Now().Add(10*time.Second); time.Now().Before(deadline); {
-		if _, err := unix.Poll([]unix.PollFd{{Fd: int32(socket), Events: unix.POLLIN}}, 100); err != nil && err != unix.EINTR {
-			return "", nil, err
+	reader, err := kernel.NewPacketReader(files[0], files[1], kernel.PacketFrames, kernel.PacketFrameSize)
+	if err != nil {
+		return "", nil, err
+	}
+	defer reader.Close()
+	if err := reader.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		return "", nil, err
+	}
+	// More than there are frames, so that they go round.
+	packet := make([]byte, kernel.PacketFrameSize)
+	for seen := 0; seen < 2*kernel.PacketFrames; {
+		n, err := reader.Read(packet)
+		if err != nil {
+			return "", nil, fmt.Errorf("after %d packets: %w", seen, err)
 		}
-		for ; seen != atomic.LoadUint32(at(received, offsets.Rx.Producer)); seen++ {
-			descriptor := received[offsets.Rx.Desc+uint64(seen%kernel.PacketFrames)*16:]
-			address, size := binary.NativeEndian.Uint64(descriptor), binary.NativeEndian.Uint32(descriptor[8:])
-			if packet := frames[address : address+uint64(size)]; bytes.Contains(packet, []byte(args[0])) {
-				return "received", nil, nil
-			}
+		if bytes.Contains(packet[:n], []byte(args[0])) {
+			seen++
 		}
 	}
-	return "", nil, errors.New("no such packet")
+	// One that is longer than the room for it.
+	if n, err := reader.Read(packet[:4]); n != 4 || err != nil {
+		return "", nil, fmt.Errorf("into 4 bytes: %d, %w", n, err)
+	}
+	return "received", nil, nil
 }
 
 // A process without capabilities receives real packets, and can do no more.
@@ -101,6 +84,12 @@ func TestOpenSocket(t *testing.T) {
 			t.Errorf("queue %d: got %v", queue, err)
 		}
 	}
+	if _, err := kernel.NewPacketReader(packets.Memory, packets.Memory, kernel.PacketFrames, kernel.PacketFrameSize); err == nil {
+		t.Error("memory is taken for a socket")
+	}
+	if _, err := kernel.NewPacketReader(packets.Socket, packets.Memory, 2*kernel.PacketFrames, kernel.PacketFrameSize); !errors.Is(err, kernel.ErrBadMemory) {
+		t.Errorf("more frames than there are: got %v", err)
+	}
 	if _, _, err := f.OpenSocket("xsk", "nonesuch", 0, f.self()); !errors.Is(err, ErrNoSuchMap) {
 		t.Errorf("another map: got %v", err)
 	}
@@ -115,7 +104,7 @@ func TestOpenSocket(t *testing.T) {
 			case <-stop:
 				sent <- conn.Close()
 				return
-			case <-time.After(time.Millisecond):
+			case <-time.After(100 * time.Microsecond):
 				_, err = fmt.Fprint(conn, "over the wire")
 			}
 		}
@@ -131,13 +120,32 @@ func TestOpenSocket(t *testing.T) {
 	// The queue is free when the last holder has closed the socket.
 	packets.Close()
 	alice.Kill() // which has mapped it
+	var again *kernel.PacketSocket
 	testtarget.Eventually(t, "the queue is free", func() bool {
-		again, _, err := f.OpenSocket("xsk", "sockets", 0, f.self())
-		if err == nil {
-			again.Close()
-		}
+		again, _, err = f.OpenSocket("xsk", "sockets", 0, f.self())
 		return err == nil
 	})
+
+	// Who waits for packets is not kept waiting.
+	reader, err := kernel.NewPacketReader(again.Socket, again.Memory, kernel.PacketFrames, kernel.PacketFrameSize)
+	f.check(err)
+	again.Close()
+	f.check(reader.SetReadDeadline(time.Now().Add(10 * time.Millisecond)))
+	for err == nil {
+		_, err = reader.Read(make([]byte, 64)) // the interfaces have things to say of their own
+	}
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("after the deadline: got %v", err)
+	}
+	f.check(reader.SetReadDeadline(time.Time{}))
+	time.AfterFunc(10*time.Millisecond, func() { _ = reader.Close() })
+	for err = nil; err == nil; {
+		_, err = reader.Read(make([]byte, 64))
+	}
+	if !errors.Is(err, os.ErrClosed) {
+		t.Errorf("when it is closed: got %v", err)
+	}
+
 	run(t, "ip", "link", "set", "bbkt1", "name", "bbkt2")
 	if _, _, err := f.OpenSocket("xsk", "sockets", 0, f.self()); !errors.Is(err, ErrNotAttached) {
 		t.Errorf("without its interface: got %v", err)

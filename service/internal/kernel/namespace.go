@@ -126,11 +126,21 @@ func FindProcess(pid int, inode uint64) (*Process, error) {
 
 // Clone returns a second, independent hold on the process.
 func (p *Process) Clone() (*Process, error) {
-	fd, err := unix.FcntlInt(p.file.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	fd, err := Dup(p.file)
 	if err != nil {
-		return nil, fmt.Errorf("cannot duplicate a pidfd: %w", err)
+		return nil, err
 	}
 	return &Process{file: os.NewFile(uintptr(fd), "pidfd"), PID: p.PID, Inode: p.Inode}, nil
+}
+
+// Dup returns another descriptor of a file, which ends at an exec. It is the
+// caller's to close.
+func Dup(file *os.File) (int, error) {
+	fd, err := unix.FcntlInt(file.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return -1, fmt.Errorf("cannot duplicate a file descriptor: %w", err)
+	}
+	return fd, nil
 }
 
 // FD lends the pidfd. It stays the process's own.

@@ -9,19 +9,36 @@
 //	object-client read PATH            opens it with BPF_F_RDONLY
 //	object-client write ...            writes to the first entry before that
 //
+// or waits for a packet with a text and prints the interface and its link (OpenSocket
+// and OpenLink of package client):
+//
+//	object-client receive OBJECT MAP TEXT
+//
 // It needs no rights of its own.
 package main
 
 import (
+	"bytes"
+	"context"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/godbus/dbus/v5"
+
+	"github.com/bpfbroker/bpfbroker/service/client"
 )
 
 func main() {
 	args := os.Args[1:]
+	if len(args) == 4 && args[0] == "receive" {
+		if err := receive(args[1], args[2], args[3]); err != nil {
+			fmt.Fprintln(os.Stderr, "object-client:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	write := len(args) > 0 && args[0] == "write"
 	if write {
 		args = args[1:]
@@ -29,6 +46,36 @@ func main() {
 	if err := run(args, write); err != nil {
 		fmt.Fprintln(os.Stderr, "object-client:", err)
 		os.Exit(1)
+	}
+}
+
+func receive(object, name, text string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	c := client.New()
+	defer c.Close()
+	s, err := c.OpenSocket(ctx, object, name, 0)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	l, err := c.OpenLink(ctx, object, "on_packet")
+	if err != nil {
+		return err
+	}
+	if err := s.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+		return err
+	}
+	fmt.Println("waiting")
+	for packet := make([]byte, s.Size); ; {
+		n, err := s.Read(packet)
+		if err != nil {
+			return err
+		}
+		if bytes.Contains(packet[:n], []byte(text)) {
+			fmt.Println(s.Interface, l.Type, l.Target, l.Attached)
+			return nil
+		}
 	}
 }
 
