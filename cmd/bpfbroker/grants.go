@@ -4,6 +4,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"os"
 	"strconv"
@@ -107,16 +108,9 @@ func each(ids []string, do func(id string) error) error {
 }
 
 // completeGrants offers the grants' ids to the shell.
-func (a *app) completeGrants(command *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-	c := a.client()
-	defer c.Close()
-	grants, err := c.ListGrants(command.Context(), false)
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveError
-	}
-	var ids []cobra.Completion
-	for _, g := range grants {
-		ids = append(ids, cobra.CompletionWithDesc(g.ID, fmt.Sprintf("%s, process %d", g.Profile, g.Process)))
-	}
-	return ids, cobra.ShellCompDirectiveNoFileComp
+func (a *app) completeGrants(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	own := func(c *client.Client, ctx context.Context) ([]client.Grant, error) { return c.ListGrants(ctx, false) }
+	return completions(a, own, func(g client.Grant) cobra.Completion {
+		return cobra.CompletionWithDesc(g.ID, fmt.Sprintf("%s, process %d", g.Profile, g.Process))
+	})
 }

@@ -5,7 +5,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -154,17 +153,9 @@ func (a *app) completeProfiles(_ *cobra.Command, args []string, _ string) ([]cob
 	if len(args) > 0 {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
-	c := a.client()
-	defer c.Close()
-	profiles, err := c.ListProfiles(context.Background())
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveError
-	}
-	var names []cobra.Completion
-	for _, p := range profiles {
-		names = append(names, cobra.CompletionWithDesc(p.Name, p.Description))
-	}
-	return names, cobra.ShellCompDirectiveNoFileComp
+	return completions(a, (*client.Client).ListProfiles, func(p client.ProfileSummary) cobra.Completion {
+		return cobra.CompletionWithDesc(p.Name, p.Description)
+	})
 }
 
 // completeProfileFlag offers the profiles' names for --profile.

@@ -8,9 +8,8 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // handOverTime is what a service manager has to take a message in.
@@ -54,7 +53,7 @@ func notifyMainPID(ctx context.Context, pid int) error {
 	deadline := time.Now().Add(handOverTime)
 	_, _ = conn.SetDeadline(deadline), done.SetReadDeadline(deadline) // both can
 	if _, err = conn.WriteToUnix(fmt.Appendf(nil, "MAINPID=%d", pid), manager); err == nil {
-		_, _, err = conn.WriteMsgUnix([]byte("BARRIER=1"), unix.UnixRights(int(barrier.Fd())), manager)
+		_, _, err = conn.WriteMsgUnix([]byte("BARRIER=1"), syscall.UnixRights(int(barrier.Fd())), manager)
 	}
 	_ = barrier.Close()
 	if err != nil {

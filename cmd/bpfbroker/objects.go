@@ -9,35 +9,19 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/bpfbroker/bpfbroker/service/client"
 )
 
 func (a *app) objectsCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:   "objects",
-		Short: "List the objects that are published",
-		Args:  cobra.NoArgs,
-		RunE: func(command *cobra.Command, _ []string) error {
-			c := a.client()
-			defer c.Close()
-			objects, err := c.ListObjects(command.Context())
-			if err != nil {
-				return err
-			}
-			if a.wantsJSON() {
-				return a.printJSON(objects)
-			}
-			t := table{header: []string{"NAME", "STATE", "AVAILABLE", "DESCRIPTION"}, state: 2, noun: "objects"}
-			for _, o := range objects {
-				t.rows = append(t.rows, []string{o.Name, o.State, yesNo(o.Available), o.Description})
-			}
-			return a.printTable(t)
-		},
-	}
+	return listing(a, "objects", "List the objects that are published", (*client.Client).ListObjects,
+		table{header: []string{"NAME", "STATE", "AVAILABLE", "DESCRIPTION"}, state: 2, noun: "objects"},
+		func(o client.ObjectSummary) []string {
+			return []string{o.Name, o.State, yesNo(o.Available), o.Description}
+		})
 }
 
 func (a *app) objectCommand() *cobra.Command {
@@ -52,24 +36,7 @@ func (a *app) objectCommand() *cobra.Command {
 }
 
 func (a *app) objectShowCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:               "show NAME",
-		Short:             "Show what an object offers, with the types of its maps",
-		Args:              cobra.ExactArgs(1),
-		ValidArgsFunction: a.completeObjects,
-		RunE: func(command *cobra.Command, args []string) error {
-			c := a.client()
-			defer c.Close()
-			o, err := c.DescribeObject(command.Context(), args[0])
-			if err != nil {
-				return err
-			}
-			if a.wantsJSON() {
-				return a.printJSON(o)
-			}
-			return a.print(describeObject(o))
-		},
-	}
+	return showing(a, "Show what an object offers, with the types of its maps", a.completeObjects, (*client.Client).DescribeObject, describeObject)
 }
 
 // indent is for C's types, which have lines.
@@ -77,32 +44,17 @@ var indent = strings.NewReplacer("\n", "\n  ", "\t", "    ")
 
 // describeObject writes an object out.
 func describeObject(o *client.Object) string {
-	var out strings.Builder
-	line := func(label, text string) {
-		fmt.Fprintf(&out, "%*s %s\n", labelWidth, label, printable(text))
-	}
-	lines := func(label string, items []string) {
-		for _, item := range items {
-			line(label, item)
-			label = ""
-		}
-	}
-	line("Object:", o.Name)
+	var out sheet
+	out.line("Object:", o.Name)
 	if o.Description != "" {
-		line("Description:", o.Description)
+		out.line("Description:", o.Description)
 	}
-	line("State:", o.State)
-	line("Available:", yesNo(o.Available))
-	if o.Reason != "" {
-		line("Reason:", o.Reason)
-	}
-	if o.Remedy != "" {
-		line("To change it:", o.Remedy)
-	}
-	line("Load:", o.Load)
-	line("Keep:", o.Keep)
+	out.line("State:", o.State)
+	out.available(o.Available, o.Reason, o.Remedy)
+	out.line("Load:", o.Load)
+	out.line("Keep:", o.Keep)
 	for _, m := range o.Maps {
-		line("Map:", m.Name)
+		out.line("Map:", m.Name)
 		details := []string{"type " + m.Type + ", at most " + strconv.Itoa(m.MaxEntries) + " entries"}
 		if m.IsRing() {
 			details[0] = "type " + m.Type + ", " + strconv.Itoa(m.MaxEntries) + " bytes"
@@ -119,20 +71,20 @@ func describeObject(o *client.Object) string {
 			details = append(details, "value "+m.ValueType)
 		}
 		for _, detail := range details {
-			lines("", strings.Split(indent.Replace("\n" + detail)[1:], "\n"))
+			out.lines("", strings.Split(indent.Replace("\n" + detail)[1:], "\n"))
 		}
 	}
 	for _, p := range o.Programs {
-		line("Program:", p.Name+" ("+p.Type+")")
+		out.line("Program:", p.Name+" ("+p.Type+")")
 	}
 	for _, l := range o.Links {
 		label := "Attached:"
 		if !l.Attached {
 			label = "Not attached:"
 		}
-		line(label, l.Name+", to "+l.Type+" "+l.Target)
+		out.line(label, l.Name+", to "+l.Type+" "+l.Target)
 	}
-	lines("Files:", o.Files)
+	out.lines("Files:", o.Files)
 	return out.String()
 }
 
@@ -209,7 +161,7 @@ func (a *app) objectOpen(ctx context.Context, words, command []string) error {
 	}
 	// The command's file descriptors get their numbers now: what Go's runtime
 	// opens later must not be closed under its feet.
-	if err := reserve(firstListenFD, len(words)); err != nil {
+	if err := reserve(firstListenFD + len(words)); err != nil {
 		return err
 	}
 	var names []string
@@ -227,27 +179,20 @@ func (a *app) objectOpen(ctx context.Context, words, command []string) error {
 	environment := slices.DeleteFunc(os.Environ(), func(variable string) bool { return strings.HasPrefix(variable, "LISTEN_") })
 	environment = append(environment,
 		"LISTEN_FDS="+strconv.Itoa(len(words)), "LISTEN_PID="+strconv.Itoa(os.Getpid()), "LISTEN_FDNAMES="+strings.Join(names, ":"))
-	return cannotRun(command[0], unix.Exec(path, command, environment), exitNotExecutable)
+	return cannotRun(command[0], syscall.Exec(path, command, environment), exitNotExecutable)
 }
 
-// reserve opens file descriptors, those that aren't open yet.
-func reserve(first, n int) error {
-	null, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("cannot reserve file descriptors: %w", err)
-	}
-	for fd := first; fd < first+n; fd++ {
-		if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil {
-			continue
-		}
-		if err := unix.Dup3(null, fd, unix.O_CLOEXEC); err != nil {
+// reserve opens all file descriptors below end that aren't open yet.
+func reserve(end int) error {
+	for {
+		null, err := syscall.Open("/dev/null", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+		if err != nil {
 			return fmt.Errorf("cannot reserve file descriptors: %w", err)
 		}
+		if null >= end { // the lowest one that was free
+			return syscall.Close(null)
+		}
 	}
-	if null < first || null >= first+n {
-		_ = unix.Close(null)
-	}
-	return nil
 }
 
 // openAt opens a map as the file descriptor fd, which a command inherits.
@@ -271,7 +216,7 @@ func (a *app) openAt(ctx context.Context, fd int, object, name string, access cl
 		}
 		defer m.Close()
 		a.warn(warnings)
-		if err := unix.Dup3(m.FD(), fd, 0); err != nil {
+		if err := syscall.Dup3(m.FD(), fd, 0); err != nil {
 			return fmt.Errorf("cannot pass the map on: %w", err)
 		}
 		return nil
@@ -314,18 +259,10 @@ func (a *app) objectMount(ctx context.Context, objects []string, pid int, path s
 }
 
 // completeObjects offers the objects' names to the shell.
-func (a *app) completeObjects(command *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-	c := a.client()
-	defer c.Close()
-	objects, err := c.ListObjects(command.Context())
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveError
-	}
-	var names []cobra.Completion
-	for _, o := range objects {
-		names = append(names, cobra.CompletionWithDesc(o.Name, o.Description))
-	}
-	return names, cobra.ShellCompDirectiveNoFileComp
+func (a *app) completeObjects(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	return completions(a, (*client.Client).ListObjects, func(o client.ObjectSummary) cobra.Completion {
+		return cobra.CompletionWithDesc(o.Name, o.Description)
+	})
 }
 
 // completeMaps offers NAME/MAP: first the objects, then the maps of the one

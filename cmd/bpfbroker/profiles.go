@@ -13,84 +13,29 @@ import (
 )
 
 func (a *app) profilesCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:   "profiles",
-		Short: "List the profiles that there are",
-		Args:  cobra.NoArgs,
-		RunE: func(command *cobra.Command, _ []string) error {
-			c := a.client()
-			defer c.Close()
-			profiles, err := c.ListProfiles(command.Context())
-			if err != nil {
-				return err
-			}
-			if a.wantsJSON() {
-				return a.printJSON(profiles)
-			}
-			t := table{header: []string{"NAME", "TIER", "AVAILABLE", "DESCRIPTION"}, state: 2, noun: "profiles"}
-			for _, p := range profiles {
-				t.rows = append(t.rows, []string{p.Name, p.Tier, yesNo(p.Available), p.Description})
-			}
-			return a.printTable(t)
-		},
-	}
-}
-
-func yesNo(b bool) string {
-	if b {
-		return "yes"
-	}
-	return "no"
+	return listing(a, "profiles", "List the profiles that there are", (*client.Client).ListProfiles,
+		table{header: []string{"NAME", "TIER", "AVAILABLE", "DESCRIPTION"}, state: 2, noun: "profiles"},
+		func(p client.ProfileSummary) []string {
+			return []string{p.Name, p.Tier, yesNo(p.Available), p.Description}
+		})
 }
 
 func (a *app) profileShowCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:               "show NAME",
-		Short:             "Show what a profile allows, with every group written out",
-		Args:              cobra.ExactArgs(1),
-		ValidArgsFunction: a.completeProfiles,
-		RunE: func(command *cobra.Command, args []string) error {
-			c := a.client()
-			defer c.Close()
-			p, err := c.DescribeProfile(command.Context(), args[0])
-			if err != nil {
-				return err
-			}
-			if a.wantsJSON() {
-				return a.printJSON(p)
-			}
-			return a.print(describe(p))
-		},
-	}
+	return showing(a, "Show what a profile allows, with every group written out", a.completeProfiles, (*client.Client).DescribeProfile, describe)
 }
 
 // describe writes a profile out: a label and its words, wrapped, or its lines.
 func describe(p *client.Profile) string {
-	var out strings.Builder
-	line := func(label, text string) {
-		fmt.Fprintf(&out, "%*s %s\n", labelWidth, label, printable(text))
-	}
-	lines := func(label string, items []string) {
-		for _, item := range items {
-			line(label, item)
-			label = ""
-		}
-	}
-	line("Profile:", p.Name)
+	var out sheet
+	out.line("Profile:", p.Name)
 	if p.Description != "" {
-		line("Description:", p.Description)
+		out.line("Description:", p.Description)
 	}
-	line("Tier:", p.Tier)
-	line("Available:", yesNo(p.Available))
-	if p.Reason != "" {
-		line("Reason:", p.Reason)
-	}
-	if p.Remedy != "" {
-		line("To change it:", p.Remedy)
-	}
-	line("Guard:", p.Guard)
+	out.line("Tier:", p.Tier)
+	out.available(p.Available, p.Reason, p.Remedy)
+	out.line("Guard:", p.Guard)
 	if p.LeaseSeconds > 0 {
-		line("Lease:", timeSpan(time.Duration(p.LeaseSeconds)*time.Second))
+		out.line("Lease:", timeSpan(time.Duration(p.LeaseSeconds)*time.Second))
 	}
 	for _, list := range []struct {
 		label string
@@ -102,18 +47,13 @@ func describe(p *client.Profile) string {
 		{"Attachments:", p.Attachments},
 		{"Capabilities:", p.Capabilities},
 	} {
-		lines(list.label, wrap(list.words))
+		out.lines(list.label, wrap(list.words))
 	}
-	lines("Limits:", p.Limits)
-	lines("Not enforced:", p.NotEnforced)
-	lines("Files:", p.Files)
+	out.lines("Limits:", p.Limits)
+	out.lines("Not enforced:", p.NotEnforced)
+	out.lines("Files:", p.Files)
 	return out.String()
 }
-
-const (
-	labelWidth = 13
-	lineWidth  = 79
-)
 
 // wrap makes lines of words.
 func wrap(words []string) []string {
