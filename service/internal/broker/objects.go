@@ -98,7 +98,7 @@ func (b *Broker) OpenMap(ctx context.Context, c Caller, objectName, mapName stri
 	p := part{objectName, mapName, "", access}
 	file, err := b.openObject(ctx, c, p,
 		func() error { return b.objects.Offered(objectName, mapName, access) },
-		func() (*os.File, error) { return b.objects.OpenMap(objectName, mapName, access, c.Process) })
+		func() (*os.File, error) { return b.objects.OpenMap(objectName, mapName, access, c.Process, c.UID) })
 	if err != nil {
 		return nil, nil, err
 	}
@@ -110,7 +110,7 @@ func (b *Broker) OpenMap(ctx context.Context, c Caller, objectName, mapName stri
 func (b *Broker) OpenProgram(ctx context.Context, c Caller, objectName, program string) (*os.File, error) {
 	return b.openObject(ctx, c, part{objectName, "", program, catalog.ReadWrite},
 		func() error { return b.objects.OfferedProgram(objectName, program) },
-		func() (*os.File, error) { return b.objects.OpenProgram(objectName, program, c.Process) })
+		func() (*os.File, error) { return b.objects.OpenProgram(objectName, program, c.Process, c.UID) })
 }
 
 // OpenSocket makes a packet socket for a queue of the interface that an object's
@@ -120,7 +120,7 @@ func (b *Broker) OpenSocket(ctx context.Context, c Caller, objectName, mapName s
 	_, err = b.openObject(ctx, c, part{objectName, mapName, "", catalog.Receive},
 		func() error { return b.objects.Offered(objectName, mapName, catalog.Receive) },
 		func() (*os.File, error) {
-			packets, device, err = b.objects.OpenSocket(objectName, mapName, queue, c.Process)
+			packets, device, err = b.objects.OpenSocket(objectName, mapName, queue, c.Process, c.UID)
 			return nil, err
 		})
 	return packets, device, err
@@ -244,7 +244,7 @@ func (b *Broker) MountObjects(ctx context.Context, c Caller, names []string, pro
 			}
 			made = p.object
 		}
-		if err := b.pin(pins, p, process); err != nil {
+		if err := b.pin(pins, p, process, c.UID); err != nil {
 			return m, err
 		}
 		m.Pins = append(m.Pins, p.object+"/"+p.mapName+p.program)
@@ -343,11 +343,11 @@ func refused(err error) bool {
 }
 
 // pin pins a part with the mode that goes with its access.
-func (b *Broker) pin(pins *kernel.Pins, p part, process *kernel.Process) error {
-	open := func() (*os.File, error) { return b.objects.OpenProgram(p.object, p.program, process) }
+func (b *Broker) pin(pins *kernel.Pins, p part, process *kernel.Process, owner uint32) error {
+	open := func() (*os.File, error) { return b.objects.OpenProgram(p.object, p.program, process, owner) }
 	mode := uint32(0o666)
 	if p.program == "" {
-		open = func() (*os.File, error) { return b.objects.OpenMap(p.object, p.mapName, p.access, process) }
+		open = func() (*os.File, error) { return b.objects.OpenMap(p.object, p.mapName, p.access, process, owner) }
 		switch p.access {
 		case catalog.ReadOnly:
 			mode = 0o444

@@ -51,6 +51,7 @@ type Catalog struct {
 	set      *Set
 	entries  map[string]*entry
 	users    map[uint64]*user
+	owners   map[uint32]int // how many users of each uid's
 	lastUser uint64
 	untidy   atomic.Bool
 	guard    Guard // nil where there is none
@@ -91,7 +92,7 @@ func New(root, state string) (*Catalog, error) {
 	if err := os.MkdirAll(state, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the directory of objects' users: %w", err)
 	}
-	c := &Catalog{root: root, state: state, entries: map[string]*entry{}, users: map[uint64]*user{}, tellNews: func(Status, News) {}}
+	c := &Catalog{root: root, state: state, entries: map[string]*entry{}, users: map[uint64]*user{}, owners: map[uint32]int{}, tellNews: func(Status, News) {}}
 	var err error
 	if c.watcher, err = kernel.NewWatcher(c.exited, func() {}); err != nil {
 		return nil, err
@@ -114,6 +115,7 @@ func (c *Catalog) Close() {
 		_ = u.process.Close()
 	}
 	clear(c.users)
+	clear(c.owners)
 	c.mu.Unlock()
 	for _, e := range entries {
 		e.mu.Lock()
@@ -425,10 +427,10 @@ func (e *entry) offeredProgram(program string) error {
 }
 
 // OpenMap opens a published map with an access that is offered, after loading the
-// object if it isn't. The object is kept for the process as Keep= says. The file
-// is the caller's to close.
-func (c *Catalog) OpenMap(name, mapName string, access Access, process *kernel.Process) (*os.File, error) {
-	return c.open(name, process, func(e *entry) (string, uint32, error) {
+// object if it isn't. The object is kept for the process as Keep= says, on behalf
+// of the uid owner. The file is the caller's to close.
+func (c *Catalog) OpenMap(name, mapName string, access Access, process *kernel.Process, owner uint32) (*os.File, error) {
+	return c.open(name, process, owner, func(e *entry) (string, uint32, error) {
 		var flags uint32
 		switch access {
 		case ReadOnly:
@@ -441,8 +443,8 @@ func (c *Catalog) OpenMap(name, mapName string, access Access, process *kernel.P
 }
 
 // OpenProgram opens a published program, as OpenMap does a map.
-func (c *Catalog) OpenProgram(name, program string, process *kernel.Process) (*os.File, error) {
-	return c.open(name, process, func(e *entry) (string, uint32, error) {
+func (c *Catalog) OpenProgram(name, program string, process *kernel.Process, owner uint32) (*os.File, error) {
+	return c.open(name, process, owner, func(e *entry) (string, uint32, error) {
 		if err := e.offeredProgram(program); err != nil {
 			return "", 0, err
 		}
@@ -451,7 +453,7 @@ func (c *Catalog) OpenProgram(name, program string, process *kernel.Process) (*o
 }
 
 // open opens a pin of an object. more is done with it before it counts as opened.
-func (c *Catalog) open(name string, process *kernel.Process, find func(*entry) (pin string, flags uint32, err error), more ...func(*entry, *os.File) error) (*os.File, error) {
+func (c *Catalog) open(name string, process *kernel.Process, owner uint32, find func(*entry) (pin string, flags uint32, err error), more ...func(*entry, *os.File) error) (*os.File, error) {
 	e, err := c.entry(name)
 	if err != nil {
 		return nil, err
@@ -480,7 +482,7 @@ func (c *Catalog) open(name string, process *kernel.Process, find func(*entry) (
 			return nil, err
 		}
 	}
-	if err := c.use(e, process); err != nil {
+	if err := c.use(e, process, owner); err != nil {
 		_ = file.Close()
 		return nil, err
 	}
@@ -491,8 +493,8 @@ func (c *Catalog) open(name string, process *kernel.Process, find func(*entry) (
 // XDP program is attached to, puts it into a published XSKMAP, and hands it out,
 // as OpenMap does a map. The interface's name comes with it. The socket is the
 // caller's to close, and when its last holder has closed it the queue is free.
-func (c *Catalog) OpenSocket(name, mapName string, queue uint32, process *kernel.Process) (packets *kernel.PacketSocket, device string, err error) {
-	file, err := c.open(name, process, func(e *entry) (string, uint32, error) {
+func (c *Catalog) OpenSocket(name, mapName string, queue uint32, process *kernel.Process, owner uint32) (packets *kernel.PacketSocket, device string, err error) {
+	file, err := c.open(name, process, owner, func(e *entry) (string, uint32, error) {
 		return filepath.Join(mapsDir, mapName), 0, e.offered(mapName, Receive)
 	}, func(e *entry, file *os.File) error {
 		packets, device, err = e.receive(file, queue)

@@ -88,7 +88,7 @@ func TestOpenMap(t *testing.T) {
 		m.Close()
 	}
 
-	file, err := f.OpenProgram("kinds", "on_run", f.self())
+	file, err := f.OpenProgram("kinds", "on_run", f.self(), 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,12 +118,12 @@ func TestOpenMap(t *testing.T) {
 		"access":  {"kinds", "hits", Consume, ErrNotOffered},
 		"nothing": {"kinds", "hits", "", ErrNotOffered},
 	} {
-		if _, err := f.OpenMap(test.object, test.name, test.access, f.self()); !errors.Is(err, test.want) {
+		if _, err := f.OpenMap(test.object, test.name, test.access, f.self(), 0); !errors.Is(err, test.want) {
 			t.Errorf("%s: got %v", name, err)
 		}
 	}
 	for _, name := range []string{"nonesuch", "on_raw", "hits"} {
-		if _, err := f.OpenProgram("kinds", name, f.self()); !errors.Is(err, ErrNoSuchProgram) {
+		if _, err := f.OpenProgram("kinds", name, f.self(), 0); !errors.Is(err, ErrNoSuchProgram) {
 			t.Errorf("the program %s: got %v", name, err)
 		}
 	}
@@ -306,7 +306,7 @@ func TestBad(t *testing.T) {
 					t.Errorf("before it is loaded: %+v, %v", d, err)
 				}
 			}
-			_, err := f.OpenProgram("bad", "x", f.self())
+			_, err := f.OpenProgram("bad", "x", f.self(), 0)
 			if test.load {
 				f.mu.Lock()
 				e := f.entries["bad"]
@@ -365,7 +365,7 @@ func TestReload(t *testing.T) {
 	if !marked(same, 1) {
 		t.Error("another access made another map")
 	}
-	if _, err := f.OpenMap("kinds", "hits", ReadWrite, f.self()); !errors.Is(err, ErrNotOffered) {
+	if _, err := f.OpenMap("kinds", "hits", ReadWrite, f.self(), 0); !errors.Is(err, ErrNotOffered) {
 		t.Errorf("what is not offered any more: %v", err)
 	}
 
@@ -387,7 +387,7 @@ func TestReload(t *testing.T) {
 	before := f.pins()
 	programBefore := f.xdpProgram("kinds")
 	f.object("kinds", text+"[Program on_uprobe]\nAttach=/nonesuch:main\n")
-	if _, err := f.OpenMap("kinds", "hits", ReadOnly, f.self()); err == nil {
+	if _, err := f.OpenMap("kinds", "hits", ReadOnly, f.self(), 0); err == nil {
 		t.Error("an object that couldn't be loaded is handed out")
 	}
 	if diff := cmp.Diff(before, f.pins()); diff != "" {
@@ -588,7 +588,7 @@ func TestCrowd(t *testing.T) {
 	self := f.self()
 	for range 1000 {
 		wait.Go(func() {
-			file, err := f.OpenMap("kinds", "hits", ReadOnly, self)
+			file, err := f.OpenMap("kinds", "hits", ReadOnly, self, 0)
 			if err != nil {
 				t.Error(err)
 				return

@@ -118,7 +118,7 @@ func (f *fixture) self() *kernel.Process {
 // openMap opens a map; a file that is none is a failure. The caller closes it.
 func (f *fixture) openMap(object, name string, access Access) *ebpf.Map {
 	f.t.Helper()
-	file, err := f.OpenMap(object, name, access, f.self())
+	file, err := f.OpenMap(object, name, access, f.self(), 0)
 	if err != nil {
 		f.t.Fatal(err)
 	}
@@ -142,7 +142,7 @@ func (f *fixture) openBy(p *testtarget.Process, object string) {
 		f.t.Fatal(err)
 	}
 	defer process.Close()
-	file, err := f.OpenMap(object, "hits", ReadOnly, process)
+	file, err := f.OpenMap(object, "hits", ReadOnly, process, 0)
 	if err != nil {
 		f.t.Fatal(err)
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/config"
+	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
 	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
 )
 
@@ -62,7 +63,7 @@ func TestNews(t *testing.T) {
 	f.object("bad", "[Object]\nFile=ELF/bad.bpf.o\n[Program on_bad]\nPublish=yes\n")
 	want("another one came", "appeared bad unloaded 1 false")
 	for range 2 {
-		if _, err := f.OpenProgram("bad", "on_bad", f.self()); err == nil {
+		if _, err := f.OpenProgram("bad", "on_bad", f.self(), 0); err == nil {
 			t.Error("the verifier takes it")
 		}
 	}
@@ -152,4 +153,36 @@ func TestKeepIsEdited(t *testing.T) {
 	if s, err := f.Status("kinds"); err != nil || s.State != Loaded {
 		t.Errorf("%+v, %v", s, err)
 	}
+}
+
+// One user's processes don't keep the others from objects.
+func TestUsersAreLimited(t *testing.T) {
+	testtarget.NoLeaks(t)
+	f := newFixture(t)
+	f.object("kinds", head+"[Object]\nKeep=while-used\n")
+	user := testtarget.Start(t, testtarget.Attr{})
+	process, err := kernel.NewProcess(user.Dup())
+	f.check(err)
+	defer process.Close()
+	f.owners[1000] = maxUsersOfOwner - 1
+	open := func(p *kernel.Process, owner uint32) error {
+		file, err := f.OpenMap("kinds", "hits", ReadOnly, p, owner)
+		if err == nil {
+			err = file.Close()
+		}
+		return err
+	}
+	f.check(open(process, 1000))
+	f.check(open(process, 1000)) // it is one already
+	if err := open(f.self(), 1000); !errors.Is(err, ErrTooManyUsers) {
+		t.Errorf("one more: got %v", err)
+	}
+	f.check(open(f.self(), 1001))
+	f.again() // which knows whose they are
+	user.Kill()
+	testtarget.Eventually(t, "its end is seen", func() bool {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return len(f.owners) == 1 && f.owners[1001] == 1
+	})
 }

@@ -71,16 +71,16 @@ func TestOpenSocket(t *testing.T) {
 	}
 	f := newFixture(t)
 	f.object("xsk", "[Object]\nFile=ELF/xsk.bpf.o\n[Map sockets]\nAccess=receive\n[Program on_packet]\nAttach=bbkt1\n")
-	packets, device, err := f.OpenSocket("xsk", "sockets", 0, f.self())
+	packets, device, err := f.OpenSocket("xsk", "sockets", 0, f.self(), 0)
 	f.check(err)
 	if device != "bbkt1" {
 		t.Errorf("it receives from %s", device)
 	}
-	if _, _, err := f.OpenSocket("xsk", "sockets", 0, f.self()); !errors.Is(err, kernel.ErrQueueTaken) {
+	if _, _, err := f.OpenSocket("xsk", "sockets", 0, f.self(), 0); !errors.Is(err, kernel.ErrQueueTaken) {
 		t.Errorf("twice: got %v", err)
 	}
 	for _, queue := range []uint32{2, 1000, 1 << 31} {
-		if _, _, err := f.OpenSocket("xsk", "sockets", queue, f.self()); !errors.Is(err, kernel.ErrQueueUnknown) {
+		if _, _, err := f.OpenSocket("xsk", "sockets", queue, f.self(), 0); !errors.Is(err, kernel.ErrQueueUnknown) {
 			t.Errorf("queue %d: got %v", queue, err)
 		}
 	}
@@ -90,7 +90,7 @@ func TestOpenSocket(t *testing.T) {
 	if _, err := kernel.NewPacketReader(packets.Socket, packets.Memory, 2*kernel.PacketFrames, kernel.PacketFrameSize); !errors.Is(err, kernel.ErrBadMemory) {
 		t.Errorf("more frames than there are: got %v", err)
 	}
-	if _, _, err := f.OpenSocket("xsk", "nonesuch", 0, f.self()); !errors.Is(err, ErrNoSuchMap) {
+	if _, _, err := f.OpenSocket("xsk", "nonesuch", 0, f.self(), 0); !errors.Is(err, ErrNoSuchMap) {
 		t.Errorf("another map: got %v", err)
 	}
 
@@ -122,7 +122,7 @@ func TestOpenSocket(t *testing.T) {
 	alice.Kill() // which has mapped it
 	var again *kernel.PacketSocket
 	testtarget.Eventually(t, "the queue is free", func() bool {
-		again, _, err = f.OpenSocket("xsk", "sockets", 0, f.self())
+		again, _, err = f.OpenSocket("xsk", "sockets", 0, f.self(), 0)
 		return err == nil
 	})
 
@@ -147,7 +147,7 @@ func TestOpenSocket(t *testing.T) {
 	}
 
 	run(t, "ip", "link", "set", "bbkt1", "name", "bbkt2")
-	if _, _, err := f.OpenSocket("xsk", "sockets", 0, f.self()); !errors.Is(err, ErrNotAttached) {
+	if _, _, err := f.OpenSocket("xsk", "sockets", 0, f.self(), 0); !errors.Is(err, ErrNotAttached) {
 		t.Errorf("without its interface: got %v", err)
 	}
 }

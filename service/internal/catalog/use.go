@@ -15,21 +15,26 @@ import (
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
 )
 
-// maxUsers is how many processes objects are kept for, all objects together.
-const maxUsers = 4096
+// maxUsers is how many processes objects are kept for, all objects together, and
+// maxUsersOfOwner those of them that one uid asked for.
+const (
+	maxUsers        = 4096
+	maxUsersOfOwner = 1024
+)
 
 // ErrTooManyUsers means that no object can be kept for one more process.
-var ErrTooManyUsers = fmt.Errorf("published objects are kept for %d processes already", maxUsers)
+var ErrTooManyUsers = errors.New("published objects are kept for too many processes already")
 
-// user is a process that an object is kept for.
+// user is a process that an object is kept for, and owner the uid that asked.
 type user struct {
 	key     uint64
 	entry   *entry
 	process *kernel.Process
+	owner   uint32
 }
 
 // use keeps an object for a process. The caller has the entry's lock.
-func (c *Catalog) use(e *entry, process *kernel.Process) error {
+func (c *Catalog) use(e *entry, process *kernel.Process, owner uint32) error {
 	if e.object.Keep == forever {
 		return nil
 	}
@@ -38,7 +43,7 @@ func (c *Catalog) use(e *entry, process *kernel.Process) error {
 			return nil
 		}
 	}
-	if err := c.watch(e, process); err != nil {
+	if err := c.watch(e, process, owner); err != nil {
 		return err
 	}
 	// Before anything is handed out, so that the next daemon knows of it.
@@ -49,24 +54,25 @@ func (c *Catalog) use(e *entry, process *kernel.Process) error {
 }
 
 // watch adds a user, and sees to its end.
-func (c *Catalog) watch(e *entry, process *kernel.Process) error {
+func (c *Catalog) watch(e *entry, process *kernel.Process, owner uint32) error {
 	clone, err := process.Clone()
 	if err != nil {
 		return err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.users) >= maxUsers || c.closed {
+	if len(c.users) >= maxUsers || c.owners[owner] >= maxUsersOfOwner || c.closed {
 		_ = clone.Close()
 		return ErrTooManyUsers
 	}
 	c.lastUser++
-	u := &user{c.lastUser, e, clone}
+	u := &user{c.lastUser, e, clone, owner}
 	if err := c.watcher.Watch(u.key, clone); err != nil {
 		_ = clone.Close()
 		return err
 	}
 	c.users[u.key], e.users[u.key] = u, u
+	c.owners[owner]++
 	e.stopExpiry()
 	return nil
 }
@@ -108,8 +114,11 @@ func (c *Catalog) drop(u *user) {
 	_ = u.process.Close()
 	delete(u.entry.users, u.key)
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	delete(c.users, u.key)
-	c.mu.Unlock()
+	if c.owners[u.owner]--; c.owners[u.owner] <= 0 {
+		delete(c.owners, u.owner)
+	}
 }
 
 // expire sees to the end of an object that nobody uses.
@@ -146,14 +155,15 @@ func (c *Catalog) remember(e *entry) {
 	for line := range strings.Lines(string(data)) {
 		var pid int
 		var inode uint64
-		if _, err := fmt.Sscanf(line, "%d %d", &pid, &inode); err != nil {
+		var owner uint32
+		if _, err := fmt.Sscanf(line, "%d %d %d", &pid, &inode, &owner); err != nil {
 			continue
 		}
 		process, err := kernel.FindProcess(pid, inode)
 		if err != nil {
 			continue
 		}
-		if err := c.use(e, process); err != nil {
+		if err := c.use(e, process, owner); err != nil {
 			slog.Warn("cannot keep an object for a process", "object", e.name, "error", err)
 		}
 		_ = process.Close()
@@ -177,7 +187,7 @@ func (c *Catalog) stateFile(e *entry) string { return filepath.Join(c.state, e.n
 func (c *Catalog) writeDown(e *entry) error {
 	var text strings.Builder
 	for _, u := range e.users {
-		fmt.Fprintf(&text, "%d %d\n", u.process.PID, u.process.Inode)
+		fmt.Fprintf(&text, "%d %d %d\n", u.process.PID, u.process.Inode, u.owner)
 	}
 	file := c.stateFile(e)
 	// No object's name begins so.
