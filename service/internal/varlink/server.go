@@ -142,6 +142,7 @@ type Method[P Peer] struct {
 type Call struct {
 	parameters json.RawMessage
 	decoded    bool
+	begun      bool       // it counts as one of the user's
 	files      []*os.File // nil: taken
 	send       func(wire.Reply) error
 }
@@ -435,6 +436,9 @@ func (s *Server[P]) serve(stopping, present, requests context.Context, c *wire.C
 		}
 		wire.CloseFiles(answer.Files)
 		wire.CloseFiles(call.files)
+		if call.begun { // an answer that waits to be taken needs memory
+			s.config.Users.End(peer.Key())
+		}
 	}()
 
 	reply, err := s.call(stopping, ctx, peer, request, call)
@@ -512,7 +516,7 @@ func (s *Server[P]) call(stopping, ctx context.Context, peer P, request *wire.Re
 	case !s.config.Users.Begin(peer.Key()):
 		return nil, errQuota
 	}
-	defer s.config.Users.End(peer.Key())
+	call.begun = true
 	ctx, cancel := s.bound(stopping, ctx, method)
 	defer cancel()
 	reply, err := method.Handle(ctx, peer, call)

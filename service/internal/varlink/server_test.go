@@ -630,8 +630,32 @@ func TestRequestsPerUser(t *testing.T) {
 	for _, b := range busy {
 		b.want(empty)
 	}
+	eventually(t, "both have ended", func() bool {
+		c.send(plain)
+		reply, _ := c.receive()
+		return reply == empty
+	})
+}
+
+// Who takes no answers doesn't get more of them ready.
+func TestUntakenAnswersCount(t *testing.T) {
+	f := serveUsers(t, Limits{}, limit.NewUsers(2, limit.Rate, limit.Burst))
+	for range 2 {
+		f.dial(t).send(`{"method":"org.example.test.Big"}`)
+	}
+	c := f.dial(t)
+	eventually(t, "the user has two answers waiting", func() bool {
+		c.send(plain)
+		reply, _ := c.receive()
+		return strings.Contains(reply, "QuotaExceeded")
+	})
+	time.Sleep(50 * time.Millisecond) // they still wait
 	c.send(plain)
-	c.want(empty)
+	c.want("org.bpfbroker.Broker.QuotaExceeded")
+	f.key.Store(2)
+	other := f.dial(t)
+	other.send(plain)
+	other.want(empty)
 }
 
 func TestRate(t *testing.T) {
