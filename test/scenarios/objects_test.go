@@ -77,6 +77,32 @@ func TestOpenMap(t *testing.T) {
 	journalHas(t, "BPFBROKER_OBJECT=packets", "BPFBROKER_ACCESS=read-only", "BPFBROKER_OWNER=1001")
 }
 
+// Whoever looks at the bus finds what is published, and hears of it.
+func TestObjectsOnTheBus(t *testing.T) {
+	publish(t, "loopback-packets", packets)
+	const path = "/org/bpfbroker/Broker1/object/loopback_2dpackets"
+	if tree := must(t, "alice", "busctl --system --list tree org.bpfbroker.Broker1"); !strings.Contains(tree, path+"\n") {
+		t.Errorf("busctl tree: %s", tree)
+	}
+	out := must(t, "alice", "busctl --system get-property org.bpfbroker.Broker1 "+path+" org.bpfbroker.Broker1.Object Name State Maps Programs")
+	if out != "s \"loopback-packets\"\ns \"unloaded\"\nas 1 \"packets\"\nas 1 \"count\"\n" {
+		t.Errorf("properties: %s", out)
+	}
+	cmd, first := start(t, "alice", "exec object-client watch loopback-packets >/tmp/heard & watcher=$!; until test -s /tmp/heard; do sleep 0.05; done; echo ready; wait $watcher")
+	if first != "ready\n" {
+		t.Fatal(first)
+	}
+	t.Cleanup(func() { must(t, "root", "rm -f /tmp/heard") })
+	must(t, "root", "object-client loopback-packets packets read-only; echo '[Map packets]\nMaxEntries=2' >>/etc/bpfbroker/objects.d/loopback-packets.object; systemctl reload bpfbroker.service; rm /etc/bpfbroker/objects.d/loopback-packets.object; systemctl reload bpfbroker.service")
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	want := "found " + path + ` "unloaded"` + "\nchanged " + path + ` "loaded"` + "\nchanged " + path + ` "loaded"` + "\nremoved " + path + "\n"
+	if heard := must(t, "root", "cat /tmp/heard"); heard != want {
+		t.Errorf("alice heard %s", heard)
+	}
+}
+
 // An unmodified program finds the map by its path, in the caller's namespace or
 // in another one of the user's.
 func TestMountObjects(t *testing.T) {

@@ -14,12 +14,17 @@
 //
 //	object-client receive OBJECT MAP TEXT
 //
+// or tells what the bus says of a published object, until that has gone:
+//
+//	object-client watch OBJECT
+//
 // It needs no rights of its own.
 package main
 
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -34,6 +39,13 @@ func main() {
 	args := os.Args[1:]
 	if len(args) == 4 && args[0] == "receive" {
 		if err := receive(args[1], args[2], args[3]); err != nil {
+			fmt.Fprintln(os.Stderr, "object-client:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	if len(args) == 2 && args[0] == "watch" {
+		if err := watch(args[1]); err != nil {
 			fmt.Fprintln(os.Stderr, "object-client:", err)
 			os.Exit(1)
 		}
@@ -77,6 +89,40 @@ func receive(object, name, text string) error {
 			return nil
 		}
 	}
+}
+
+type properties = map[string]dbus.Variant
+
+func watch(name string) error {
+	const published = "org.bpfbroker.Broker1.Object"
+	bus, err := dbus.ConnectSystemBus()
+	if err != nil {
+		return err
+	}
+	defer bus.Close()
+	signals := make(chan *dbus.Signal, 100)
+	bus.Signal(signals)
+	var all map[dbus.ObjectPath]map[string]properties
+	if err := bus.Object("org.bpfbroker.Broker1", "/org/bpfbroker/Broker1").Call("org.freedesktop.DBus.ObjectManager.GetManagedObjects", 0).Store(&all); err != nil {
+		return err
+	}
+	for path, interfaces := range all {
+		if p := interfaces[published]; p["Name"].Value() == name {
+			fmt.Println("found", path, p["State"])
+		}
+	}
+	for s := range signals {
+		switch s.Name {
+		case "org.freedesktop.DBus.ObjectManager.InterfacesAdded":
+			fmt.Println("added", s.Body[0], s.Body[1].(map[string]properties)[published]["State"])
+		case "org.freedesktop.DBus.Properties.PropertiesChanged":
+			fmt.Println("changed", s.Path, s.Body[1].(properties)["State"])
+		case "org.freedesktop.DBus.ObjectManager.InterfacesRemoved":
+			fmt.Println("removed", s.Body[0])
+			return nil
+		}
+	}
+	return errors.New("the bus has gone")
 }
 
 func run(args []string, write bool) error {
