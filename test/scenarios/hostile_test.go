@@ -46,6 +46,30 @@ func TestThousandConnections(t *testing.T) {
 	must(t, "root", within(1, "bpfbroker run -p network -- true"))
 }
 
+// Nor do those of the thousands of uids that a user has for containers (subuid(5)).
+func TestConnectionsOfSubordinateUsers(t *testing.T) {
+	leavesNothing(t)
+	_, ready := start(t, "alice", `exec unshare --map-root-user --map-auto bash -c 'trap "kill \$(jobs -p)" TERM
+for uid in $(seq 10); do
+    sleep 60 | setpriv --reuid=$uid --clear-groups hostile hold 128 >/tmp/kept.$uid &
+done
+until test $(cat /tmp/kept.* | wc -l) -eq 10; do sleep 0.1; done
+cat /tmp/kept.*; rm -f /tmp/kept.*; wait'`)
+	sum := 0
+	for _, kept := range strings.Fields(ready) {
+		n, err := strconv.Atoi(kept)
+		if err != nil {
+			t.Errorf("%q: %v", kept, err)
+		}
+		sum += n
+	}
+	if sum > 128 {
+		t.Errorf("the broker keeps %d connections of one user's", sum)
+	}
+	must(t, "bob", within(1, "bpfbroker profiles"))
+	must(t, "root", within(1, "bpfbroker run -p network -- true"))
+}
+
 // Whatever ends the daemon, the grants go on, and the next start finds what
 // became of them.
 func TestDaemonKilled(t *testing.T) {

@@ -158,7 +158,7 @@ func processOf(t *testing.T, p *testtarget.Process) *kernel.Process {
 
 func caller(t *testing.T, uid uint32, p *testtarget.Process) Caller {
 	t.Helper()
-	return Caller{Peer: &peer.Peer{Credentials: &kernel.Credentials{UID: uid, GID: uid, Process: processOf(t, p)}}}
+	return Caller{Peer: peer.New(&kernel.Credentials{UID: uid, GID: uid, Process: processOf(t, p)})}
 }
 
 // named wants an error with a name, and everything that belongs to it.

@@ -27,7 +27,7 @@ func (b *Broker) Monitor(ctx context.Context, c Caller, all bool, ready func() e
 			return Refuse(fmt.Errorf("cannot monitor the grants of all users: %w", err))
 		}
 	}
-	m, err := b.monitors.add(c.UID, func(e Event) bool { return all || e.Owner == c.UID })
+	m, err := b.monitors.add(c.Key(), func(e Event) bool { return all || e.Owner == c.UID })
 	if err != nil {
 		return err
 	}

@@ -27,7 +27,7 @@ func (saysNo) Check(context.Context, authority.Subject, authority.Action, map[st
 }
 
 func plain(uid uint32) Caller {
-	return Caller{Peer: &peer.Peer{Credentials: &kernel.Credentials{UID: uid, Process: &kernel.Process{}}}}
+	return Caller{Peer: peer.New(&kernel.Credentials{UID: uid, Process: &kernel.Process{}})}
 }
 
 // monitored starts a monitor and returns what it is told, and what ends it.

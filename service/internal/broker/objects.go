@@ -98,7 +98,7 @@ func (b *Broker) OpenMap(ctx context.Context, c Caller, objectName, mapName stri
 	p := part{objectName, mapName, "", access}
 	file, err := b.openObject(ctx, c, p,
 		func() error { return b.objects.Offered(objectName, mapName, access) },
-		func() (*os.File, error) { return b.objects.OpenMap(objectName, mapName, access, c.Process, c.UID) })
+		func() (*os.File, error) { return b.objects.OpenMap(objectName, mapName, access, c.Process, c.Key()) })
 	if err != nil {
 		return nil, nil, err
 	}
@@ -110,7 +110,7 @@ func (b *Broker) OpenMap(ctx context.Context, c Caller, objectName, mapName stri
 func (b *Broker) OpenProgram(ctx context.Context, c Caller, objectName, program string) (*os.File, error) {
 	return b.openObject(ctx, c, part{objectName, "", program, catalog.ReadWrite},
 		func() error { return b.objects.OfferedProgram(objectName, program) },
-		func() (*os.File, error) { return b.objects.OpenProgram(objectName, program, c.Process, c.UID) })
+		func() (*os.File, error) { return b.objects.OpenProgram(objectName, program, c.Process, c.Key()) })
 }
 
 // OpenSocket makes a packet socket for a queue of the interface that an object's
@@ -120,7 +120,7 @@ func (b *Broker) OpenSocket(ctx context.Context, c Caller, objectName, mapName s
 	_, err = b.openObject(ctx, c, part{objectName, mapName, "", catalog.Receive},
 		func() error { return b.objects.Offered(objectName, mapName, catalog.Receive) },
 		func() (*os.File, error) {
-			packets, device, err = b.objects.OpenSocket(objectName, mapName, queue, c.Process, c.UID)
+			packets, device, err = b.objects.OpenSocket(objectName, mapName, queue, c.Process, c.Key())
 			return nil, err
 		})
 	return packets, device, err
@@ -244,7 +244,7 @@ func (b *Broker) MountObjects(ctx context.Context, c Caller, names []string, pro
 			}
 			made = p.object
 		}
-		if err := b.pin(pins, p, process, c.UID); err != nil {
+		if err := b.pin(pins, p, process, c.Key()); err != nil {
 			return m, err
 		}
 		m.Pins = append(m.Pins, p.object+"/"+p.mapName+p.program)

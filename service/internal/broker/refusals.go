@@ -28,7 +28,7 @@ type refusalLog struct {
 
 func (l *refusalLog) log(ctx context.Context, c Caller, refused journal.Event, e *Error, what slog.Attr) {
 	owner := slog.Uint64(journal.KeyOwner, uint64(c.UID))
-	switch n := l.next(c.UID); {
+	switch n := l.next(c.Key()); {
 	case n > refusalsLogged:
 		return
 	case n == refusalsLogged:
@@ -50,13 +50,13 @@ func (l *refusalLog) log(ctx context.Context, c Caller, refused journal.Event, e
 	)
 }
 
-// next counts a refusal of the user's.
-func (l *refusalLog) next(uid uint32) int {
+// next counts a refusal of a user's.
+func (l *refusalLog) next(key uint32) int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if time.Since(l.since) > refusalsPeriod {
 		l.since, l.count = time.Now(), map[uint32]int{}
 	}
-	l.count[uid]++
-	return l.count[uid]
+	l.count[key]++
+	return l.count[key]
 }

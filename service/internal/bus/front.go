@@ -21,6 +21,7 @@ import (
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
 	"github.com/bpfbroker/bpfbroker/service/internal/kernel"
 	"github.com/bpfbroker/bpfbroker/service/internal/limit"
+	"github.com/bpfbroker/bpfbroker/service/internal/peer"
 )
 
 const (
@@ -107,9 +108,10 @@ type Front struct {
 	requests  int
 	idleSince time.Time
 
-	// Tests put something else in place of what the bus said.
+	// Tests put something else in place of what the bus and the system said.
 	processFD func(file *os.File, pid uint32) *os.File
 	userOf    func(name string, uid uint32) uint32
+	accountOf func(uid uint32) uint32
 }
 
 // New returns a front for the system bus: the one that DBUS_SYSTEM_BUS_ADDRESS
@@ -122,6 +124,7 @@ func New(config Config) (*Front, error) {
 		idleSince: time.Now(),
 		processFD: func(file *os.File, _ uint32) *os.File { return file },
 		userOf:    func(_ string, uid uint32) uint32 { return uid },
+		accountOf: peer.Account,
 	}
 	if err := f.describe(broker.Methods); err != nil {
 		return nil, err

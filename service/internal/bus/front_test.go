@@ -1037,6 +1037,49 @@ func TestTotalOfRequests(t *testing.T) {
 	}
 }
 
+// The uids that a user has for containers count as one.
+func TestSubordinateUsers(t *testing.T) {
+	f := serveOn(t, newBus(t), func(f *fixture) {
+		f.accountOf = func(uid uint32) uint32 {
+			if uid >= 2000 {
+				return 2000
+			}
+			return uid
+		}
+	})
+	const users = maxRequests/32 + 1
+	answers := make(chan *dbus.Call, users*32)
+	for uid := range uint32(users) {
+		c := f.connectAs(t, 2000+uid)
+		for range 32 {
+			c.Object(busName, rootPath).Go(managerInterface+".AcquireToken", 0, answers, "slow", noOptions)
+		}
+	}
+	for range cap(answers) - 32 {
+		if got := errorOf(<-answers); got != "QuotaExceeded" {
+			t.Errorf("got %q", got)
+		}
+	}
+	bob := f.connectAs(t, 1002)
+	if got := errorOf(bob.manager("ListProfiles", noOptions)); got != "" {
+		t.Errorf("another user: %q", got)
+	}
+	close(f.broker.release)
+	for range 32 {
+		closeFiles(t, <-answers)
+	}
+	f.settle(t)
+	for i := range uint32(maxSubscribersPerUser + 1) {
+		want := ""
+		if i == maxSubscribersPerUser {
+			want = "QuotaExceeded"
+		}
+		if got := errorOf(f.connectAs(t, 2000+i).call(rootPath, objectManagerInterface+".GetManagedObjects")); got != want {
+			t.Errorf("subscriber %d: %q", i, got)
+		}
+	}
+}
+
 func TestBusRestarts(t *testing.T) {
 	f := newFixture(t)
 	c := f.bus.connect(t)

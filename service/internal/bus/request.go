@@ -24,6 +24,7 @@ type request struct {
 	session *session
 	message *wire.Message
 	uid     uint32
+	account uint32 // what the user's limits count by
 	cancel  context.CancelFunc
 	left    atomic.Bool // the sender has gone
 
@@ -152,14 +153,14 @@ func (s *session) identify(name string) (*peer.Peer, error) {
 	}
 	groups, _ := found["UnixGroupIDs"].Value().([]uint32)
 	label, _ := found["LinuxSecurityLabel"].Value().([]byte)
-	return &peer.Peer{Credentials: &kernel.Credentials{
+	return peer.New(&kernel.Credentials{
 		UID: s.front.userOf(name, uid),
 		// The bus doesn't say which of the groups is the first.
 		GID:     ^uint32(0),
 		Groups:  groups,
 		Label:   string(bytes.TrimRight(label, "\x00")),
 		Process: process,
-	}}, nil
+	}), nil
 }
 
 // handOut makes the answer of a new grant.

@@ -36,12 +36,16 @@ type session struct {
 
 	mu          sync.Mutex
 	present     map[string]map[*request]struct{} // requests by their sender's name
-	subscribers map[string]uint32                // uids by name
+	subscribers map[string]subscriber            // by name
 }
+
+// subscriber is who gets signals, and what its user's limits count by.
+type subscriber struct{ uid, account uint32 }
 
 // sender is a connection on the bus that has called.
 type sender struct {
 	uid     uint32
+	account uint32
 	known   bool
 	waiting []*wire.Message // until the uid is known
 	bytes   int
@@ -54,7 +58,7 @@ func newSession(ctx context.Context, f *Front, conn *wire.Conn) *session {
 		released:    make(chan struct{}),
 		senders:     map[string]*sender{},
 		present:     map[string]map[*request]struct{}{},
-		subscribers: map[string]uint32{},
+		subscribers: map[string]subscriber{},
 	}
 	s.ctx, s.cut = context.WithCancel(context.WithoutCancel(ctx))
 	return s
@@ -127,7 +131,7 @@ func (s *session) Call(m *wire.Message) {
 	size := 512 + min(m.Size, wire.MaxBody)
 	switch {
 	case from.known:
-		s.admit(from.uid, m)
+		s.admit(from, m)
 	case from.bytes+size > maxWaitingPerSender, s.waiting+size > maxWaiting:
 		s.refuse(m, errQuota)
 	default:
@@ -162,28 +166,29 @@ func (s *session) identified(name string, from *sender, reply *wire.Message) {
 		return
 	}
 	from.uid = s.front.userOf(name, from.uid)
+	from.account = s.front.accountOf(from.uid)
 	from.known = true
 	for _, m := range waiting {
-		s.admit(from.uid, m)
+		s.admit(from, m)
 	}
 }
 
 // admit starts a request, if the user may have one more.
-func (s *session) admit(uid uint32, m *wire.Message) {
-	f := s.front
-	if !f.Users.Spend(uid, 1+m.Size>>10) || !f.Users.Begin(uid) {
+func (s *session) admit(from *sender, m *wire.Message) {
+	f, uid, account := s.front, from.uid, from.account
+	if !f.Users.Spend(account, 1+m.Size>>10) || !f.Users.Begin(account) {
 		s.refuse(m, errQuota)
 		return
 	}
 	if !f.begin() {
-		f.Users.End(uid)
+		f.Users.End(account)
 		s.refuse(m, errBusy)
 		return
 	}
 	s.requests.Go(func() {
 		defer f.end()
-		defer f.Users.End(uid)
-		s.serve(uid, m)
+		defer f.Users.End(account)
+		s.serve(uid, account, m)
 	})
 }
 
@@ -194,8 +199,8 @@ func (s *session) refuse(m *wire.Message, err error) {
 }
 
 // serve does one request and answers it.
-func (s *session) serve(uid uint32, m *wire.Message) {
-	r := &request{session: s, message: m, uid: uid}
+func (s *session) serve(uid, account uint32, m *wire.Message) {
+	r := &request{session: s, message: m, uid: uid, account: account}
 	var ctx context.Context
 	ctx, r.cancel = context.WithTimeout(s.ctx, requestTime)
 	defer r.close()
@@ -284,15 +289,15 @@ func (s *session) subscribe(r *request) error {
 		return nil
 	}
 	own := 0
-	for _, uid := range s.subscribers {
-		if uid == r.uid {
+	for _, other := range s.subscribers {
+		if other.account == r.account {
 			own++
 		}
 	}
 	if own >= maxSubscribersPerUser || len(s.subscribers) >= maxSubscribers {
 		return errSubscribers
 	}
-	s.subscribers[name] = r.uid
+	s.subscribers[name] = subscriber{r.uid, r.account}
 	s.conn.Tell("AddMatch", goneRule(name))
 	return nil
 }
@@ -302,8 +307,8 @@ func (s *session) subscribersThat(wanted func(uid uint32) bool) []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var names []string
-	for name, uid := range s.subscribers {
-		if wanted(uid) {
+	for name, subscriber := range s.subscribers {
+		if wanted(subscriber.uid) {
 			names = append(names, name)
 		}
 	}

@@ -51,7 +51,7 @@ type Catalog struct {
 	set      *Set
 	entries  map[string]*entry
 	users    map[uint64]*user
-	owners   map[uint32]int // how many users of each uid's
+	owners   map[uint32]int // how many users of each owner's
 	lastUser uint64
 	untidy   atomic.Bool
 	guard    Guard // nil where there is none
@@ -427,8 +427,8 @@ func (e *entry) offeredProgram(program string) error {
 }
 
 // OpenMap opens a published map with an access that is offered, after loading the
-// object if it isn't. The object is kept for the process as Keep= says, on behalf
-// of the uid owner. The file is the caller's to close.
+// object if it isn't. The object is kept for the process as Keep= says; owner is what
+// the limits of the user who asks count by. The file is the caller's to close.
 func (c *Catalog) OpenMap(name, mapName string, access Access, process *kernel.Process, owner uint32) (*os.File, error) {
 	return c.open(name, process, owner, func(e *entry) (string, uint32, error) {
 		var flags uint32

@@ -16,7 +16,7 @@ import (
 )
 
 // maxUsers is how many processes objects are kept for, all objects together, and
-// maxUsersOfOwner those of them that one uid asked for.
+// maxUsersOfOwner those of them that one user asked for.
 const (
 	maxUsers        = 4096
 	maxUsersOfOwner = 1024
@@ -25,7 +25,8 @@ const (
 // ErrTooManyUsers means that no object can be kept for one more process.
 var ErrTooManyUsers = errors.New("published objects are kept for too many processes already")
 
-// user is a process that an object is kept for, and owner the uid that asked.
+// user is a process that an object is kept for, and owner what the limits of the
+// user who asked count by.
 type user struct {
 	key     uint64
 	entry   *entry

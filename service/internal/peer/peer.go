@@ -14,6 +14,13 @@ import (
 // Peer is the process that connected a socket. It owns its Process.
 type Peer struct {
 	*kernel.Credentials
+	key uint32
+}
+
+// New makes a peer of what the kernel or the bus verified. The caller closes the
+// peer, and the credentials with it.
+func New(credentials *kernel.Credentials) *Peer {
+	return &Peer{credentials, Account(credentials.UID)}
 }
 
 // FromConn asks the kernel who connected. The caller closes the peer.
@@ -22,11 +29,11 @@ func FromConn(conn *net.UnixConn) (*Peer, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Peer{credentials}, nil
+	return New(credentials), nil
 }
 
-// Key is what the limits of a user count by.
-func (p *Peer) Key() uint32 { return p.UID }
+// Key is what the limits of a user count by, see Account.
+func (p *Peer) Key() uint32 { return p.key }
 
 // Close gives up the hold on the process.
 func (p *Peer) Close() { _ = p.Process.Close() }
