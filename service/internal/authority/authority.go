@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"sync"
 	"sync/atomic"
 
 	"github.com/godbus/dbus/v5"
@@ -27,15 +28,19 @@ var (
 	// ErrUnavailable says that polkit, or the bus to it, isn't there or refuses to
 	// decide. polkit before 124 does that, as it knows no pidfds.
 	ErrUnavailable = errors.New("polkit is not available")
+	// ErrTooManyPrompts says that the user has left too many dialogs unanswered.
+	ErrTooManyPrompts = errors.New("too many password prompts of this user wait for an answer")
 )
 
 // dbus-daemon lets a connection wait for 128 replies, queues 64 fds for polkit,
 // and refuses further calls (max_replies_per_connection, max_outgoing_unix_fds).
 // So the checks under way are bounded, in two lots: no number of dialogs that
-// nobody answers holds up a check that needs none.
+// nobody answers holds up a check that needs none. And a user who answers none
+// can't have all of them.
 const (
-	maxAnswers = 32
-	maxPrompts = 64
+	maxAnswers       = 32
+	maxPrompts       = 64
+	maxPromptsOfUser = 8
 )
 
 const (
@@ -53,6 +58,8 @@ type Subject struct {
 	PidFD int
 	// UID is the peer's uid.
 	UID uint32
+	// Account is what the limits of the peer's user count by.
+	Account uint32
 	// BusName is the unique name of a peer that came by the bus, "" for others.
 	// polkit then asks the bus for the process, and PidFD isn't used.
 	BusName string
@@ -65,6 +72,9 @@ type Polkit struct {
 
 	answers, prompts chan struct{} // one element for each check under way
 	checks           atomic.Uint64 // source of cancellation ids
+
+	mu     sync.Mutex
+	byUser map[uint32]int // prompts, by account
 
 	lock   chan struct{} // of what follows; a channel, to wait with a context
 	conn   *wire.Conn
@@ -80,6 +90,7 @@ func New() *Polkit {
 		address: wire.SystemBus(),
 		answers: make(chan struct{}, maxAnswers),
 		prompts: make(chan struct{}, maxPrompts),
+		byUser:  map[uint32]int{},
 		lock:    make(chan struct{}, 1),
 	}
 }
@@ -96,8 +107,8 @@ func (p *Polkit) Close() {
 }
 
 // Check returns nil when polkit lets subject do action. Otherwise it returns
-// ErrDenied, ErrChallenge, ErrDismissed, ErrUnavailable or ctx's error, each
-// wrapped, or another error when details aren't fit to be passed. With
+// ErrDenied, ErrChallenge, ErrDismissed, ErrUnavailable, ErrTooManyPrompts or
+// ctx's error, each wrapped, or another error when details aren't fit to be passed. With
 // interactive, somebody may be asked for a password, so that the answer can take
 // minutes; the dialog goes away when ctx ends. Root is authorized unasked, and
 // so is the only one that passes where polkit is absent.
@@ -109,10 +120,32 @@ func (p *Polkit) Check(ctx context.Context, subject Subject, action Action, deta
 		return err
 	}
 	err := p.ask(ctx, p.answers, subject, action, details, 0)
-	if interactive && errors.Is(err, ErrChallenge) {
-		err = p.ask(ctx, p.prompts, subject, action, details, allowUserInteraction)
+	if !interactive || !errors.Is(err, ErrChallenge) {
+		return err
 	}
-	return err
+	if !p.beginPrompt(subject.Account) {
+		return ErrTooManyPrompts
+	}
+	defer p.endPrompt(subject.Account)
+	return p.ask(ctx, p.prompts, subject, action, details, allowUserInteraction)
+}
+
+func (p *Polkit) beginPrompt(account uint32) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.byUser[account] >= maxPromptsOfUser {
+		return false
+	}
+	p.byUser[account]++
+	return true
+}
+
+func (p *Polkit) endPrompt(account uint32) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.byUser[account]--; p.byUser[account] == 0 {
+		delete(p.byUser, account)
+	}
 }
 
 func (p *Polkit) ask(ctx context.Context, slots chan struct{}, subject Subject, action Action, details map[string]string, flags uint32) error {

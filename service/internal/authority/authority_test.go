@@ -451,7 +451,9 @@ func TestCheckManyPrompts(t *testing.T) {
 	subject := self(t)
 	ctx, cancel := context.WithCancel(testContext(t))
 	var wait sync.WaitGroup
-	for range 2 * maxPrompts {
+	for i := range 2 * maxPrompts {
+		subject := subject
+		subject.Account = uint32(i / maxPromptsOfUser)
 		wait.Go(func() {
 			if err := p.Check(ctx, subject, TokenTracing, nil, true); !errors.Is(err, context.Canceled) {
 				t.Errorf("a prompt got %v", err)
@@ -465,6 +467,44 @@ func TestCheckManyPrompts(t *testing.T) {
 	cancel()
 	wait.Wait()
 	eventually(t, "the dialogs are gone", func() bool { return m.underWay() == 0 && len(p.prompts) == 0 })
+}
+
+// Who answers no dialogs leaves room for those of the others.
+func TestPromptsOfAUser(t *testing.T) {
+	t.Parallel()
+	bus := newBus(t)
+	m := newMock(t, bus, prompts)
+	p := bus.polkit()
+	subject := self(t)
+	ctx, cancel := context.WithCancel(testContext(t))
+	var wait sync.WaitGroup
+	for range maxPromptsOfUser {
+		wait.Go(func() {
+			if err := p.Check(ctx, subject, TokenTracing, nil, true); !errors.Is(err, context.Canceled) {
+				t.Errorf("a prompt got %v", err)
+			}
+		})
+	}
+	eventually(t, "all dialogs are there", func() bool { return m.underWay() == maxPromptsOfUser })
+	if err := p.Check(ctx, subject, TokenTracing, nil, true); !errors.Is(err, ErrTooManyPrompts) {
+		t.Errorf("one more: got %v", err)
+	}
+	if err := p.Check(ctx, subject, TokenTracing, nil, false); !errors.Is(err, ErrChallenge) {
+		t.Errorf("without a dialog: got %v", err)
+	}
+	other := subject
+	other.Account++
+	wait.Go(func() {
+		if err := p.Check(ctx, other, TokenTracing, nil, true); !errors.Is(err, context.Canceled) {
+			t.Errorf("another user's prompt got %v", err)
+		}
+	})
+	eventually(t, "another user has a dialog", func() bool { return m.underWay() == maxPromptsOfUser+1 })
+	cancel()
+	wait.Wait()
+	if len(p.byUser) != 0 {
+		t.Errorf("still counted: %v", p.byUser)
+	}
 }
 
 func TestCheckConcurrently(t *testing.T) {

@@ -92,7 +92,7 @@ type Caller struct {
 }
 
 func (c Caller) subject() authority.Subject {
-	return authority.Subject{PidFD: c.Process.FD(), UID: c.UID, BusName: c.BusName}
+	return authority.Subject{PidFD: c.Process.FD(), UID: c.UID, Account: c.Key(), BusName: c.BusName}
 }
 
 // unitName is the caller's unit for the journal, "" if it has none or has gone.

@@ -73,6 +73,7 @@ var refusals = []struct {
 	{authority.ErrDenied, "NotAuthorized", "polkit", "ask the administrator for a polkit rule"},
 	{authority.ErrChallenge, "InteractionRequired", "polkit", "allow interactive authorization and have an authentication agent, or ask the administrator for a polkit rule"},
 	{authority.ErrDismissed, "NotAuthorized", "polkit", "authenticate when asked"},
+	{authority.ErrTooManyPrompts, "QuotaExceeded", "limit", "answer or dismiss those that are there"},
 	{authority.ErrUnavailable, "AuthorityUnavailable", "polkit", "have the administrator start polkit.service"},
 	{context.DeadlineExceeded, "AuthorizationTimeout", "polkit", "answer sooner, or ask the administrator for a polkit rule"},
 	{context.Canceled, "Canceled", "request", ""},
