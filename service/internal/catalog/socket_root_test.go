@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"runtime/debug"
 	"strings"
 	"testing"
 	"time"
@@ -145,6 +146,22 @@ func TestOpenSocket(t *testing.T) {
 	if !errors.Is(err, os.ErrClosed) {
 		t.Errorf("when it is closed: got %v", err)
 	}
+
+	// What can't be handed out is given up.
+	f.object("xsk", "[Object]\nFile=ELF/xsk.bpf.o\nKeep=while-used\n[Map sockets]\nAccess=receive\n[Program on_packet]\nAttach=bbkt1\n")
+	f.owners[7] = maxUsersOfOwner
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // which gives up what is forgotten
+	testtarget.Eventually(t, "a user too many is refused", func() bool {
+		_, _, err := f.OpenSocket("xsk", "sockets", 0, f.self(), 7)
+		return errors.Is(err, ErrTooManyUsers) // and not that the queue is taken
+	})
+	testtarget.Eventually(t, "the queue is free again", func() bool {
+		again, _, err := f.OpenSocket("xsk", "sockets", 0, f.self(), 0)
+		if err == nil {
+			again.Close()
+		}
+		return err == nil
+	})
 
 	run(t, "ip", "link", "set", "bbkt1", "name", "bbkt2")
 	if _, _, err := f.OpenSocket("xsk", "sockets", 0, f.self(), 0); !errors.Is(err, ErrNotAttached) {
