@@ -132,10 +132,7 @@ func (c *Catalog) Set(set *Set) {
 	for _, err := range set.Errors() {
 		slog.Warn("cannot offer an object", "error", err)
 	}
-	pins, err := c.listPins()
-	if err != nil {
-		slog.Error("cannot look for loaded objects", "error", err)
-	}
+	pins, _ := c.listPins() // an error is said of each object below
 	names := set.Wrong()
 	for _, o := range set.All() {
 		names = append(names, o.Name)
