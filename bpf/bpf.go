@@ -10,7 +10,7 @@ import (
 )
 
 // BPF_OUT is another directory to write to.
-//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -no-global-types -output-dir $BPF_OUT -type grant -type usage -type lesson -type object -type event -target bpfel Guard guard.bpf.c -- -O2 -mcpu=v3 -Wall -Werror -Wno-unused-function
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -no-global-types -output-dir $BPF_OUT -type grant -type usage -type lesson -type object -type event -type slip -target bpfel Guard guard.bpf.c -- -O2 -mcpu=v3 -Wall -Werror -Wno-unused-function
 
 // Version tells this guard's programs from those of another build.
 func Version() string {

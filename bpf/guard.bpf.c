@@ -13,10 +13,8 @@
 // Coarser than a profile's words, therefore: who is confined in what LINK_UPDATE
 // might touch gets none, nor PROG_ATTACH to his own cgroups (links he gets); with
 // programs for interfaces, PROG_TEST_RUN of any type only in an own network
-// namespace; and with Interfaces=own no devmap, nor links by a namespace nested
-// in the grant's to the devices of its own network namespace. Finer than this
-// nothing holds what netlink attaches in an own network namespace, also with
-// Interfaces=none.
+// namespace; and with Interfaces=own no devmap. Nothing holds what netlink
+// attaches in an own network namespace, also with Interfaces=none.
 
 #include "kernel.h"
 
@@ -91,13 +89,18 @@ struct object {
 	u64 bytes;     // of a map
 	u64 namespace; // of a program, else 0
 	u32 owner;
-	u32 id; // of a program that has had a descriptor, and was reported, else 0
+	u32 id;	  // of a program that has had a descriptor, and was reported, else 0
+	u32 lent; // the host's administrator has attached the program
+	u32 unused;
 };
 
 struct event {
 	u64 time; // boot time, ns
 	u64 grant; // 0: the caller's, whichever it was
 	u64 detail;
+	u64 interface; // of a slip: where a program was attached to
+	u32 network;   // the number of its network namespace, else 0
+	u32 program;   // its id
 	u32 reason;
 	u32 pid, uid;
 	u32 owner;
@@ -106,6 +109,14 @@ struct event {
 	char name[16];
 	u8 tag[8];
 	u32 unused;
+};
+
+// A link that is attached beyond its grant's reach.
+struct slip {
+	u64 grant;
+	u32 owner;
+	u32 link; // its id
+	u32 program_type, attach_type;
 };
 
 // What was done with a grant whose needs somebody wants to know.
@@ -125,6 +136,7 @@ struct lesson {
 // For bpf2go.
 struct lesson *unused_lesson __attribute__((unused));
 struct event *unused_event __attribute__((unused));
+struct slip *unused_slip __attribute__((unused));
 
 // What all grants of a uid may have together.
 const volatile u32 user_programs = 8192;
@@ -305,6 +317,7 @@ static always_inline void describe(struct event *e, struct bpf_prog *prog)
 	e->program_type = prog->type;
 	e->attach_type = prog->expected_attach_type;
 	e->instructions = prog->len;
+	e->program = prog->aux->id;
 	bpf_probe_read_kernel(e->tag, sizeof(e->tag), prog->tag);
 	bpf_probe_read_kernel(e->name, sizeof(e->name), prog->aux->name);
 }
@@ -1032,61 +1045,115 @@ static always_inline bool owns_cgroup(struct cgroup *cgroup, u32 owner)
 	return false;
 }
 
-static always_inline bool may_link(struct bpf_link *link, struct bpf_prog *prog, struct grant *g, struct token *t)
+// Where a link is: it was detached, or within the grant's reach, or beyond it.
+enum { NOWHERE, REACHED, BEYOND };
+
+// place_of says where a link is that a user's program makes by a grant, whose
+// tokens are for a namespace; kind and own say which target that is.
+static always_inline u32 place_of(struct bpf_link *link, struct bpf_prog *prog, struct grant *g, u64 namespace,
+				  u32 owner, u32 *kind, bool *own)
 {
-	u32 kind = PROCESSES;
-	bool own = false;
+	struct cgroup *cgroup;
+	struct net_device *dev = 0;
 	struct net *net = 0;
 
+	*kind = INTERFACES;
+	*own = false;
 	switch ((u32)link->type) {
 	case LINK_SOCKMAP:
-		return true;
+		*kind = KINDS;
+		return REACHED;
 	case LINK_CGROUP:
-		if (prog->type == PROG_LSM)
-			break;
-		kind = CGROUPS;
-		own = owns_cgroup(READ(CONTAINER(link, struct bpf_cgroup_link, link), cgroup), t->owner);
+		cgroup = READ(CONTAINER(link, struct bpf_cgroup_link, link), cgroup);
+		if (!cgroup)
+			return NOWHERE;
+		*kind = prog->type == PROG_LSM ? PROCESSES : CGROUPS;
+		*own = *kind == CGROUPS && owns_cgroup(cgroup, owner);
 		break;
 	case LINK_NETNS:
 		net = READ(CONTAINER(link, struct bpf_netns_link, link), net);
+		if (!net)
+			return NOWHERE;
 		break;
 	case LINK_NETFILTER:
+		if (READ(CONTAINER(link, struct bpf_nf_link, link), dead))
+			return NOWHERE;
 		net = READ(CONTAINER(link, struct bpf_nf_link, link), net);
 		break;
 	case LINK_XDP:
-		net = READ(READ(CONTAINER(link, struct bpf_xdp_link, link), dev), nd_net.net);
+		dev = READ(CONTAINER(link, struct bpf_xdp_link, link), dev);
+		if (!dev)
+			return NOWHERE;
 		break;
 	case LINK_TCX:
-		net = READ(READ(CONTAINER(link, struct tcx_link, link), dev), nd_net.net);
+		dev = READ(CONTAINER(link, struct tcx_link, link), dev);
+		if (!dev)
+			return NOWHERE;
 		break;
 	case LINK_NETKIT:
 		if (__builtin_preserve_type_info(*(struct netkit_link *)0, 0))
-			net = READ(READ(CONTAINER(link, struct netkit_link, link), dev), nd_net.net);
+			dev = READ(CONTAINER(link, struct netkit_link, link), dev);
+		if (!dev)
+			return NOWHERE;
 		break;
 	case LINK_PERF_EVENT:
 		// Of the caller's own process: only root may open one of others.
-		own = prog->type == PROG_PERF_EVENT;
+		*kind = PROCESSES;
+		*own = prog->type == PROG_PERF_EVENT;
 		break;
 	case LINK_UPROBE_MULTI: {
 		struct task_struct *task = READ(CONTAINER(link, struct bpf_uprobe_multi_link, link), task);
 
-		own = task && within(READ(READ(task, cred), user_ns), t->namespace);
+		*kind = PROCESSES;
+		*own = task && within(READ(READ(task, cred), user_ns), namespace);
 		break;
 	}
+	default:
+		*kind = PROCESSES;
 	}
-	if (net) {
-		kind = INTERFACES;
-		own = within(READ(net, user_ns), t->namespace);
-	}
-	if (g->reach[kind] != REACH_ANY && !(own && g->reach[kind] == REACH_OWN))
-		return false;
-	learn_reach(lesson_of(t->grant), kind, own);
-	return true;
+	if (dev)
+		net = READ(dev, nd_net.net);
+	if (net)
+		*own = within(READ(net, user_ns), namespace);
+	if (g->reach[*kind % KINDS] == REACH_ANY || (*own && g->reach[*kind % KINDS] == REACH_OWN))
+		return REACHED;
+	return BEYOND;
+}
+
+// lend notes that the host's administrator has attached a grant's program, to
+// what the grant needn't reach.
+static always_inline void lend(struct bpf_prog *prog)
+{
+	u64 key = (u64)prog;
+	struct object *o = bpf_map_lookup_elem(&objects, &key);
+
+	if (o)
+		o->lent = 1;
 }
 
 static always_inline u32 *linking_of(struct task_struct *task, u64 flags)
 {
 	return bpf_task_storage_get(&linking, task, 0, flags);
+}
+
+// judge returns 0, or the reason for which a link mustn't be.
+static always_inline u32 judge(struct bpf_link *link, struct bpf_prog *prog, struct token *t)
+{
+	struct grant *g = bpf_map_lookup_elem(&grants, &t->grant);
+	bool own;
+	u32 kind;
+
+	// What the grant may have beyond its reach, the broker attaches for it.
+	if (privileged()) {
+		lend(prog);
+		return 0;
+	}
+	if (!g || !live(g))
+		return LEASE;
+	if (place_of(link, prog, g, t->namespace, t->owner, &kind, &own) != REACHED)
+		return LINK;
+	learn_reach(lesson_of(t->grant), kind, own);
+	return 0;
 }
 
 // The kernel has made a link, and hasn't attached the program yet. A tracing
@@ -1096,27 +1163,23 @@ int link_prime(u64 *ctx)
 {
 	struct bpf_link *link = (void *)ctx[0];
 	struct task_struct *task = bpf_get_current_task_btf();
-	u32 *state = linking_of(task, 0);
+	u32 *state = linking_of(task, 0), reason;
 	struct bpf_prog *prog = link->prog;
 	struct token *t = 0;
-	struct grant *g;
 
 	if (state)
 		*state = 0;
 	if (prog)
 		t = token_of(prog->aux->token);
-	if (!t)
-		return 0;
-	g = bpf_map_lookup_elem(&grants, &t->grant);
-	// What the grant may have beyond its reach, the broker attaches for it.
-	if (privileged() || (g && live(g) && may_link(link, prog, g, t)))
+	reason = t ? judge(link, prog, t) : 0;
+	if (!reason)
 		return 0;
 	state = linking_of(task, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (state)
 		*state = REFUSED;
 	else
 		bpf_send_signal(SIGKILL);
-	refuse_program(t->grant, t->owner, g && live(g) ? LINK : LEASE, link->type, prog);
+	refuse_program(t->grant, t->owner, reason, link->type, prog);
 	return 0;
 }
 
@@ -1163,27 +1226,65 @@ int file_alloc(u64 *ctx)
 	return -EPERM;
 }
 
-// Here the link is attached. Nothing was refused up to here, unless file_alloc
-// wasn't run for it, as another task was preempted in it on this processor. Who
-// keeps a task in there can do the same here, but needs both at once. What
-// shares the descriptors of a killed process keeps the link: the event says
-// which.
+// Here the link is attached, which link_prime or file_alloc should have prevented,
+// had they been run. The process is killed; what shares its descriptors keeps the
+// link, so the event says which.
 SEC("fentry/bpf_link_settle")
 int link_settle(u64 *ctx)
 {
 	struct bpf_link_primer *primer = (void *)ctx[0];
+	struct bpf_link *link = primer->link;
+	struct bpf_prog *prog = link->prog;
 	u32 *state = linking_of(bpf_get_current_task_btf(), 0);
-	struct bpf_prog *prog;
 	struct token *t;
 
-	if (!state || !*state)
+	if (state)
+		*state = 0;
+	t = prog ? token_of(prog->aux->token) : 0;
+	if (!t || !judge(link, prog, t))
 		return 0;
-	*state = 0;
 	bpf_send_signal(SIGKILL);
-	prog = READ(READ(primer, link), prog);
-	t = prog ? token_of(READ(READ(prog, aux), token)) : 0;
-	if (t)
-		refuse(t->grant, t->owner, SLIPPED_LINK, READ(primer, id));
+	refuse_program(t->grant, t->owner, SLIPPED_LINK, primer->id, prog);
+	return 0;
+}
+
+// A tracing program isn't run while another task was preempted in it on the same
+// processor. Who keeps tasks in link_prime, file_alloc and link_settle at once has
+// a link that none of them saw; and no LSM program, which is always run, is called
+// between the kernel's look at the descriptors and the attachment. So the daemon
+// looks again and again at all links there are, by this, which is always run too.
+SEC("iter/bpf_link")
+int slipped_links(u64 *ctx)
+{
+	struct bpf_iter_meta *meta = (void *)ctx[0];
+	struct bpf_link *link = (void *)ctx[1];
+	struct bpf_prog *prog;
+	struct slip slip = {};
+	struct object *o;
+	struct grant *g;
+	u64 key;
+	bool own;
+	u32 kind;
+
+	if (!link)
+		return 0;
+	slip.link = link->id; // 0 until it is settled
+	prog = link->prog;
+	key = (u64)prog;
+	if (!slip.link || !prog)
+		return 0;
+	o = bpf_map_lookup_elem(&objects, &key);
+	if (!o || !o->namespace || o->lent)
+		return 0;
+	// What ended grants have attached, the daemon detaches anyway.
+	g = bpf_map_lookup_elem(&grants, &o->grant);
+	if (!g || !live(g) || place_of(link, prog, g, o->namespace, o->owner, &kind, &own) != BEYOND)
+		return 0;
+	slip.grant = o->grant;
+	slip.owner = o->owner;
+	slip.program_type = prog->type;
+	slip.attach_type = prog->expected_attach_type;
+	bpf_seq_write(meta->seq, &slip, sizeof(slip));
 	return 0;
 }
 
@@ -1336,42 +1437,55 @@ int command(u64 *ctx)
 // Second lines: here the kernel has found out which program it is, and can't be
 // stopped any more.
 
-static always_inline int catch_slip(struct bpf_prog *prog, u32 kind)
+static always_inline int catch_slip(union bpf_attr *attr, struct bpf_prog *prog, u32 kind)
 {
 	struct token *t = token_of(prog->aux->token);
-	struct task_struct *task = bpf_get_current_task_btf();
+	struct net *net = READ(READ(bpf_get_current_task_btf(), nsproxy), net_ns);
+	struct event *e;
 	struct grant *g;
 	bool own;
 
-	if (!t || privileged())
+	if (!t)
 		return 0;
+	if (privileged()) {
+		lend(prog);
+		return 0;
+	}
 	g = bpf_map_lookup_elem(&grants, &t->grant);
-	own = kind == INTERFACES && within(READ(READ(READ(task, nsproxy), net_ns), user_ns), t->namespace);
+	own = kind == INTERFACES && within(READ(net, user_ns), t->namespace);
 	if (g && live(g) && (g->reach[kind] == REACH_ANY || (g->reach[kind] == REACH_OWN && own))) {
 		learn_reach(lesson_of(t->grant), kind, own);
 		return 0;
 	}
 	bpf_send_signal(SIGKILL);
-	refuse_program(t->grant, t->owner, SLIP, prog->expected_attach_type, prog);
+	e = new_event(t->grant, t->owner, SLIP, READ(attr, attach_type));
+	if (!e)
+		return 0;
+	describe(e, prog);
+	if (kind == INTERFACES) {
+		e->network = READ(net, ns.inum);
+		e->interface = READ(attr, target_ifindex);
+	}
+	bpf_ringbuf_submit(e, 0);
 	return 0;
 }
 
 SEC("fentry/cgroup_bpf_prog_attach")
 int cgroup_attach(u64 *ctx)
 {
-	return catch_slip((void *)ctx[2], CGROUPS);
+	return catch_slip((void *)ctx[0], (void *)ctx[2], CGROUPS);
 }
 
 SEC("fentry/tcx_prog_attach")
 int tcx_attach(u64 *ctx)
 {
-	return catch_slip((void *)ctx[1], INTERFACES);
+	return catch_slip((void *)ctx[0], (void *)ctx[1], INTERFACES);
 }
 
 SEC("fentry/netns_bpf_prog_attach")
 int netns_attach(u64 *ctx)
 {
-	return catch_slip((void *)ctx[1], INTERFACES);
+	return catch_slip((void *)ctx[0], (void *)ctx[1], INTERFACES);
 }
 
 #define PERF_EVENT_IOC_SET_BPF 0x40042408

@@ -18,6 +18,9 @@ type GuardEvent struct {
 	Time         uint64
 	Grant        uint64
 	Detail       uint64
+	Interface    uint64
+	Network      uint32
+	Program      uint32
 	Reason       uint32
 	Pid          uint32
 	Uid          uint32
@@ -78,6 +81,17 @@ type GuardObject struct {
 	Namespace uint64
 	Owner     uint32
 	Id        uint32
+	Lent      uint32
+	Unused    uint32
+}
+
+type GuardSlip struct {
+	_           structs.HostLayout
+	Grant       uint64
+	Owner       uint32
+	Link        uint32
+	ProgramType uint32
+	AttachType  uint32
 }
 
 type GuardUsage struct {
@@ -123,6 +137,7 @@ const (
 	GuardProgProgDescriptor  = "prog_descriptor"
 	GuardProgProgFree        = "prog_free"
 	GuardProgProgLoad        = "prog_load"
+	GuardProgSlippedLinks    = "slipped_links"
 	GuardProgTcxAttach       = "tcx_attach"
 	GuardProgTokenCapable    = "token_capable"
 	GuardProgTokenCmd        = "token_cmd"
@@ -133,6 +148,7 @@ const (
 	GuardVarGrantTokens      = "grant_tokens"
 	GuardVarUnusedEvent      = "unused_event"
 	GuardVarUnusedLesson     = "unused_lesson"
+	GuardVarUnusedSlip       = "unused_slip"
 	GuardVarUserEvents       = "user_events"
 	GuardVarUserMapBytes     = "user_map_bytes"
 	GuardVarUserMaps         = "user_maps"
@@ -197,6 +213,7 @@ type GuardProgramSpecs struct {
 	ProgDescriptor  *ebpf.ProgramSpec `ebpf:"prog_descriptor"`
 	ProgFree        *ebpf.ProgramSpec `ebpf:"prog_free"`
 	ProgLoad        *ebpf.ProgramSpec `ebpf:"prog_load"`
+	SlippedLinks    *ebpf.ProgramSpec `ebpf:"slipped_links"`
 	TcxAttach       *ebpf.ProgramSpec `ebpf:"tcx_attach"`
 	TokenCapable    *ebpf.ProgramSpec `ebpf:"token_capable"`
 	TokenCmd        *ebpf.ProgramSpec `ebpf:"token_cmd"`
@@ -231,6 +248,7 @@ type GuardVariableSpecs struct {
 	GrantTokens  *ebpf.VariableSpec `ebpf:"grant_tokens"`
 	UnusedEvent  *ebpf.VariableSpec `ebpf:"unused_event"`
 	UnusedLesson *ebpf.VariableSpec `ebpf:"unused_lesson"`
+	UnusedSlip   *ebpf.VariableSpec `ebpf:"unused_slip"`
 	UserEvents   *ebpf.VariableSpec `ebpf:"user_events"`
 	UserMapBytes *ebpf.VariableSpec `ebpf:"user_map_bytes"`
 	UserMaps     *ebpf.VariableSpec `ebpf:"user_maps"`
@@ -298,6 +316,7 @@ type GuardVariables struct {
 	GrantTokens  *ebpf.Variable `ebpf:"grant_tokens"`
 	UnusedEvent  *ebpf.Variable `ebpf:"unused_event"`
 	UnusedLesson *ebpf.Variable `ebpf:"unused_lesson"`
+	UnusedSlip   *ebpf.Variable `ebpf:"unused_slip"`
 	UserEvents   *ebpf.Variable `ebpf:"user_events"`
 	UserMapBytes *ebpf.Variable `ebpf:"user_map_bytes"`
 	UserMaps     *ebpf.Variable `ebpf:"user_maps"`
@@ -324,6 +343,7 @@ type GuardPrograms struct {
 	ProgDescriptor  *ebpf.Program `ebpf:"prog_descriptor"`
 	ProgFree        *ebpf.Program `ebpf:"prog_free"`
 	ProgLoad        *ebpf.Program `ebpf:"prog_load"`
+	SlippedLinks    *ebpf.Program `ebpf:"slipped_links"`
 	TcxAttach       *ebpf.Program `ebpf:"tcx_attach"`
 	TokenCapable    *ebpf.Program `ebpf:"token_capable"`
 	TokenCmd        *ebpf.Program `ebpf:"token_cmd"`
@@ -348,6 +368,7 @@ func (p *GuardPrograms) Close() error {
 		p.ProgDescriptor,
 		p.ProgFree,
 		p.ProgLoad,
+		p.SlippedLinks,
 		p.TcxAttach,
 		p.TokenCapable,
 		p.TokenCmd,

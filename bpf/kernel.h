@@ -35,12 +35,15 @@ typedef u64 __u64;
 #define CONTAINER(pointer, type, member) \
 	((type *)((void *)(pointer) - __builtin_preserve_field_info(((type *)0)->member, 0)))
 
+struct seq_file;
+
 static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
 static long (*bpf_map_update_elem)(void *map, const void *key, const void *value, u64 flags) = (void *)2;
 static long (*bpf_map_delete_elem)(void *map, const void *key) = (void *)3;
 static u64 (*bpf_get_current_pid_tgid)(void) = (void *)14;
 static long (*bpf_get_current_comm)(void *buffer, u32 size) = (void *)16;
 static long (*bpf_send_signal)(u32 signal) = (void *)109;
+static long (*bpf_seq_write)(struct seq_file *seq, const void *data, u32 size) = (void *)127;
 static long (*bpf_probe_read_kernel)(void *to, u32 size, const void *from) = (void *)113;
 static u64 (*bpf_ktime_get_boot_ns)(void) = (void *)125;
 static void *(*bpf_ringbuf_reserve)(void *ringbuf, u64 size, u64 flags) = (void *)131;
@@ -94,8 +97,13 @@ struct cred {
 	struct user_namespace *user_ns;
 } CORE;
 
+struct ns_common {
+	u32 inum;
+} CORE;
+
 struct net {
 	struct user_namespace *user_ns;
+	struct ns_common ns;
 } CORE;
 
 struct nsproxy {
@@ -177,8 +185,22 @@ struct bpf_map {
 } CORE;
 
 struct bpf_link {
+	u32 id;
 	enum bpf_link_type type;
 	struct bpf_prog *prog;
+} CORE;
+
+struct bpf_iter_meta {
+	struct seq_file *seq;
+} CORE;
+
+// The kernel's own copy of what PROG_ATTACH reads.
+union bpf_attr {
+	struct CORE {
+		u32 target_ifindex;
+		u32 attach_bpf_fd;
+		u32 attach_type;
+	};
 } CORE;
 
 struct bpf_link_primer {
@@ -217,6 +239,7 @@ struct bpf_netns_link {
 struct bpf_nf_link {
 	struct bpf_link link;
 	struct net *net;
+	bool dead;
 } CORE;
 
 struct cgroup;

@@ -44,7 +44,7 @@ type Broker struct {
 // caller closes it. The broker takes over the guard, or nil, and says why there is
 // none.
 func New(a Authority, profiles *profile.Set, dir string, g *guard.Guard, noGuard error) (*Broker, error) {
-	b := &Broker{authority: a, guard: &guarding{Guard: g, why: noGuard, sweep: make(chan struct{}, 1), stirred: make(chan struct{}, 1)}, objects: &catalog.Catalog{}}
+	b := &Broker{authority: a, guard: newGuarding(g, noGuard), objects: &catalog.Catalog{}}
 	var err error
 	if b.ledger, err = grant.Open(dir, b.undo, b.ended); err != nil {
 		return nil, err

@@ -47,9 +47,9 @@ func denial(e guard.Event) (what, setting string) {
 	case guard.Descriptor:
 		return "a program's descriptor leaving its user namespace", ""
 	case guard.Slip:
-		return "a program was attached beyond what the profile lets it; its process was killed", "[Attach]"
+		return "a program was attached beyond what the profile lets it; its process was killed, and it is detached", "[Attach]"
 	case guard.SlippedLink:
-		return fmt.Sprintf("link %d was attached beyond what the profile lets it; its process was killed", e.Detail), "[Attach]"
+		return fmt.Sprintf("link %d was attached beyond what the profile lets it; it is detached, or its holders are killed", e.Detail), "[Attach]"
 	}
 	return e.Reason.String(), ""
 }

@@ -23,8 +23,17 @@ type guarding struct {
 
 	stop    context.CancelFunc
 	working sync.WaitGroup
-	sweep   chan struct{} // a grant has ended
-	stirred chan struct{} // there was an event
+	sweep   chan struct{}    // a grant has ended
+	stirred chan struct{}    // there was an event
+	slips   chan guard.Event // that are to be undone
+}
+
+// newGuarding takes the guard over, or says why there is none.
+func newGuarding(g *guard.Guard, why error) *guarding {
+	return &guarding{
+		Guard: g, why: why,
+		sweep: make(chan struct{}, 1), stirred: make(chan struct{}, 1), slips: make(chan guard.Event, 256),
+	}
 }
 
 // watchGuard begins to hear of what the guard does, and to tell it of what has
@@ -37,6 +46,8 @@ func (b *Broker) watchGuard() {
 	}
 	b.guard.working.Go(func() { b.sweepGuard(ctx) })
 	b.guard.working.Go(func() { b.countLost(ctx) })
+	b.guard.working.Go(func() { b.findSlips(ctx) })
+	b.guard.working.Go(func() { b.undoSlips(ctx) })
 	b.guard.working.Go(func() {
 		if err := b.guard.Events(ctx, b.guardSays); err != nil {
 			slog.Error("the guard's events are not in the journal", "error", err)
@@ -209,10 +220,8 @@ func (b *Broker) guardSays(g guard.Event) {
 		journal.ProgramLoaded.Log(context.Background(), append(attrs, slog.String(journal.KeyTag, e.Tag))...)
 		return
 	}
-	if g.Reason == guard.SlippedLink {
-		if err := guard.DetachLink(g.Detail); err != nil {
-			slog.Error("cannot undo what a grant attached", journal.KeyGrant, e.Grant.String(), "error", err)
-		}
+	if g.Reason == guard.Slip || g.Reason == guard.SlippedLink {
+		b.undoLater(g)
 	}
 	b.history.deny(b.guardDenial(g, e))
 	journal.GuardDenied.Log(context.Background(), append(attrs, slog.String(journal.KeyReason, e.Reason), slog.String(journal.KeySetting, e.Setting))...)
@@ -245,4 +254,77 @@ func (b *Broker) countLost(ctx context.Context) {
 			b.monitors.tell(Event{Time: time.Now(), Kind: KindLost, Owner: owner, Lost: n, Reason: "the guard saw too many of this user's"})
 		}
 	}
+}
+
+// slipTime is how often the guard looks for links that slipped past it.
+const slipTime = 3 * time.Second
+
+// findSlips has the guard look for them while there are grants, and tells of each
+// once.
+func (b *Broker) findSlips(ctx context.Context) {
+	var told map[uint64]bool
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(slipTime):
+		}
+		if b.Grants() == 0 {
+			continue
+		}
+		slips, err := b.guard.Slips()
+		if err != nil {
+			slog.Error("cannot look for what grants attached beyond their reach", "error", err)
+			continue
+		}
+		still := map[uint64]bool{}
+		for _, slip := range slips {
+			still[slip.Detail] = true
+			if told[slip.Detail] {
+				b.undoLater(slip)
+			} else {
+				b.guardSays(slip)
+			}
+		}
+		told = still
+	}
+}
+
+func (b *Broker) undoLater(slip guard.Event) {
+	select {
+	case b.guard.slips <- slip:
+	default: // of a link, the next look finds it again
+		slog.Error("cannot undo what a grant attached: too much of that is going on", journal.KeyGrant, grant.ID(slip.Grant).String())
+	}
+}
+
+// undoSlips detaches what slipped past the guard, one by one.
+func (b *Broker) undoSlips(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case e := <-b.guard.slips:
+			if err := undoSlip(ctx, e); err != nil {
+				slog.Error("cannot undo what a grant attached", journal.KeyGrant, grant.ID(e.Grant).String(), "error", err)
+			}
+		}
+	}
+}
+
+// undoSlip detaches what an event is about. If it is a link that can't be
+// detached, its holders end: that the guard killed the process doesn't end those
+// who share its descriptors.
+func undoSlip(ctx context.Context, e guard.Event) error {
+	ctx, stop := context.WithTimeout(ctx, detachTime)
+	defer stop()
+	err := e.Undo(ctx)
+	if err == nil || e.Reason != guard.SlippedLink {
+		return err
+	}
+	killed, killErr := kernel.KillHolders(ctx, kernel.LinkID, uint32(e.Detail))
+	if killed > 0 {
+		err = nil
+	}
+	return errors.Join(err, killErr)
 }

@@ -5,6 +5,7 @@
 package broker
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -109,7 +110,7 @@ func TestGuardedRevocation(t *testing.T) {
 	f := newGuarded(t)
 	for name, test := range map[string]func(*testing.T, *fake){
 		"detaches": revokeDetaches, "pinned": revokePinned, "kills": revokeKills,
-		"other ends": endsDetach, "held outside": revokeHeldOutside, "many": manyGuarded,
+		"other ends": endsDetach, "held outside": revokeHeldOutside, "many": manyGuarded, "slips": undoesSlips,
 	} {
 		t.Run(name, func(t *testing.T) {
 			f.t = t
@@ -276,4 +277,61 @@ func manyGuarded(t *testing.T, f *fake) {
 	if left != nil {
 		t.Errorf("left are %q", left)
 	}
+}
+
+// What slips past the guard is detached and told of, whether its process was
+// killed or not.
+func undoesSlips(t *testing.T, f *fake) {
+	f.change("reaching", strings.Replace(files["reaching"], "Cgroups=any", "Cgroups=own", 1))
+	p, c, g, cgroup := f.reaching(t)
+	slip := func() (lives bool, err error) {
+		child := p.Start(testtarget.Attr{})
+		_, _, err = child.Do("cgroup", []string{cgroup})
+		return alive(child), err
+	}
+	if lives, err := slip(); !lives || !errors.Is(err, unix.EPERM) {
+		t.Errorf("got %v, alive %t", err, lives)
+	}
+	told := func(reason string) int {
+		x, err := f.ExplainGrant(t.Context(), c, g.ID.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := 0
+		for _, d := range x.Denials {
+			if strings.Contains(d.Reason, reason) {
+				n += d.Count
+			}
+		}
+		return n
+	}
+	// The guard's descriptors go with the daemon, and these programs with their pins.
+	f.Close()
+	f.reopen()
+	take := func(names ...string) {
+		t.Helper()
+		for _, name := range names {
+			pins, err := filepath.Glob(filepath.Join(guardDir, "links-*", name))
+			if err != nil || len(pins) != 1 {
+				t.Fatalf("got %q, %v", pins, err)
+			}
+			if err := os.Remove(pins[0]); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	take("link_prime", "file_alloc")
+	testtarget.Eventually(t, "the process is killed", func() bool { lives, _ := slip(); return !lives })
+	testtarget.Eventually(t, "it is told of", func() bool { return told("it is detached") > 0 })
+	take("link_settle")
+	testtarget.Eventually(t, "nothing stops it", func() bool { lives, err := slip(); return lives && err == nil })
+	before := told("it is detached")
+	testtarget.Eventually(t, "it is detached", func() bool { return attachedTo(t, cgroup) == 0 })
+	if told("it is detached") == before {
+		t.Error("nothing is told of it")
+	}
+	p.Kill()
+	f.Close()
+	f.reopen()
+	f.change("reaching", files["reaching"])
 }

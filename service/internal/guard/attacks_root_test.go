@@ -77,7 +77,20 @@ func TestNested(t *testing.T) {
 	expect(t, nested, unix.EPERM, "attach", []string{"", strconv.Itoa(attachEgress)}, root)
 	hand(simple[typeRawTP])
 	expect(t, nested, unix.EPERM, "raw", []string{"sys_enter"})
-	// Its own network namespace isn't tried: see the guard's gaps.
+	// The devices of its own network namespace are its own, not those of the host.
+	host := target.Start(testtarget.Attr{Namespaces: unix.CLONE_NEWUSER | unix.CLONE_NEWNS})
+	for _, p := range []uint32{typeXDP, typeSchedCLS} {
+		hand(simple[p])
+		expect(t, nested, 0, "link", []string{"1", strconv.Itoa(int(simple[p].Attach))})
+		_, files, err := target.Do("give", nil)
+		if err != nil || len(files) != 1 {
+			t.Fatalf("got %d files, %v", len(files), err)
+		}
+		expect(t, host, 0, "hold", nil, files[0])
+		_ = files[0].Close()
+		expect(t, host, unix.EPERM, "link", []string{"1", strconv.Itoa(int(simple[p].Attach))})
+	}
+	host.Kill()
 	nested.Kill()
 	expect(t, target, 0, "dropall", nil)
 }

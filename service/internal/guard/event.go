@@ -10,7 +10,7 @@ import (
 	"fmt"
 	"os"
 
-	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/ringbuf"
 	"golang.org/x/sys/unix"
 
@@ -40,7 +40,7 @@ const (
 	PerfEvent                       // 0
 	Descriptor                      // 0; a program's descriptor leaving its namespace
 	Slip                            // the attach type; a program was attached, the process killed
-	SlippedLink                     // the link's id; it was attached, the process killed
+	SlippedLink                     // the link's id; it was attached, the process killed, if the guard saw which
 )
 
 var reasons = [...]string{
@@ -68,10 +68,14 @@ type Event struct {
 	PID        int
 	Comm       string
 	// Of the program, if it is about one. A program that was refused its load
-	// has no tag yet.
+	// has neither an id nor a tag yet.
+	Program                               ebpf.ProgramID
 	ProgramType, AttachType, Instructions uint32
 	Name                                  string
 	Tag                                   [8]byte
+	// Of a Slip that isn't a control group's: the number of the network namespace,
+	// and there the interface's, or 0.
+	Network, Interface uint32
 }
 
 // Events calls what for each event until the context ends, and returns nil
@@ -104,28 +108,11 @@ func (g *Guard) Events(ctx context.Context, what func(Event)) error {
 		what(Event{
 			Time: kernel.BootTime(e.Time), Reason: Reason(e.Reason), Detail: e.Detail,
 			Grant: e.Grant, Owner: e.Owner, UID: e.Uid, PID: int(e.Pid), Comm: text(e.Comm),
+			Program: ebpf.ProgramID(e.Program), Network: e.Network, Interface: uint32(e.Interface),
 			ProgramType: e.ProgramType, AttachType: e.AttachType, Instructions: e.Instructions,
 			Name: text(e.Name), Tag: e.Tag,
 		})
 	}
-}
-
-// DetachLink takes back what a SlippedLink attached, also from who shares the
-// killed process's descriptors. Links of some types can't be detached: those
-// end with their last descriptor.
-func DetachLink(id uint64) error {
-	l, err := link.NewFromID(link.ID(id))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("cannot open link %d: %w", id, err)
-	}
-	defer l.Close()
-	if err := l.Detach(); err != nil {
-		return fmt.Errorf("cannot detach link %d: %w", id, err)
-	}
-	return nil
 }
 
 func text(chars [16]int8) string {

@@ -30,6 +30,8 @@ type Guard struct {
 	maps bpf.GuardMaps
 	// links keep the programs attached, pinned or not, until Close.
 	links []link.Link
+	// slips lists the links that slipped past the guard.
+	slips *link.Iter
 	// barrier is a map whose change waits for running programs.
 	barrier, inner *ebpf.Map
 
@@ -119,6 +121,9 @@ func Open(dir string) (_ *Guard, err error) {
 			return nil, err
 		}
 	}
+	if err := g.openSlips(filepath.Join(current, slipsName)); err != nil {
+		return nil, err
+	}
 	if err := g.checkCalled(); err != nil {
 		return nil, err
 	}
@@ -177,9 +182,12 @@ func (g *Guard) attach(path string, spec *ebpf.CollectionSpec, options *ebpf.Col
 	}
 	for name, program := range collection.Programs {
 		var l link.Link
-		if spec.Programs[name].Type == ebpf.LSM {
+		switch {
+		case spec.Programs[name].Type == ebpf.LSM:
 			l, err = link.AttachLSM(link.LSMOptions{Program: program})
-		} else {
+		case spec.Programs[name].AttachType == ebpf.AttachTraceIter:
+			l, err = link.AttachIter(link.IterOptions{Program: program})
+		default:
 			l, err = link.AttachTracing(link.TracingOptions{Program: program})
 		}
 		if err != nil {
@@ -270,6 +278,9 @@ func unavailable(err error) error {
 func (g *Guard) Close() {
 	for _, l := range g.links {
 		_ = l.Close()
+	}
+	if g.slips != nil {
+		_ = g.slips.Close()
 	}
 	_ = g.maps.Close()
 	_ = g.barrier.Close()
