@@ -862,6 +862,49 @@ int file_receive(u64 *ctx)
 	return refuse(o->grant, o->owner, DESCRIPTOR, 0);
 }
 
+// Pins.
+
+// may_name says whether files may be made and named in a file system, which
+// nobody may where a grant has ended: the daemon removes what is pinned there.
+static always_inline int may_name(struct super_block *sb)
+{
+	struct inode *root = sb->s_root->d_inode;
+	struct grant *g;
+	u64 *id;
+
+	id = root ? bpf_inode_storage_get(&roots, root, 0, 0) : 0;
+	if (!id)
+		return 0;
+	g = bpf_map_lookup_elem(&grants, id);
+	if (!g)
+		return -EPERM;
+	return live(g) ? 0 : refuse(*id, g->owner, LEASE, 0);
+}
+
+SEC("lsm/path_mknod")
+int path_mknod(u64 *ctx)
+{
+	struct path *dir = (void *)ctx[0];
+
+	return may_name(dir->dentry->d_sb);
+}
+
+SEC("lsm/inode_link")
+int inode_link(u64 *ctx)
+{
+	struct inode *dir = (void *)ctx[1];
+
+	return may_name(dir->i_sb);
+}
+
+SEC("lsm/inode_rename")
+int inode_rename(u64 *ctx)
+{
+	struct inode *dir = (void *)ctx[2];
+
+	return may_name(dir->i_sb);
+}
+
 // Maps.
 
 enum {

@@ -128,12 +128,15 @@ const (
 	GuardProgFileIoctl       = "file_ioctl"
 	GuardProgFileIoctlCompat = "file_ioctl_compat"
 	GuardProgFileReceive     = "file_receive"
+	GuardProgInodeLink       = "inode_link"
+	GuardProgInodeRename     = "inode_rename"
 	GuardProgLinkPrime       = "link_prime"
 	GuardProgLinkSettle      = "link_settle"
 	GuardProgMapCreate       = "map_create"
 	GuardProgMapDescriptor   = "map_descriptor"
 	GuardProgMapFree         = "map_free"
 	GuardProgNetnsAttach     = "netns_attach"
+	GuardProgPathMknod       = "path_mknod"
 	GuardProgProgDescriptor  = "prog_descriptor"
 	GuardProgProgFree        = "prog_free"
 	GuardProgProgLoad        = "prog_load"
@@ -204,12 +207,15 @@ type GuardProgramSpecs struct {
 	FileIoctl       *ebpf.ProgramSpec `ebpf:"file_ioctl"`
 	FileIoctlCompat *ebpf.ProgramSpec `ebpf:"file_ioctl_compat"`
 	FileReceive     *ebpf.ProgramSpec `ebpf:"file_receive"`
+	InodeLink       *ebpf.ProgramSpec `ebpf:"inode_link"`
+	InodeRename     *ebpf.ProgramSpec `ebpf:"inode_rename"`
 	LinkPrime       *ebpf.ProgramSpec `ebpf:"link_prime"`
 	LinkSettle      *ebpf.ProgramSpec `ebpf:"link_settle"`
 	MapCreate       *ebpf.ProgramSpec `ebpf:"map_create"`
 	MapDescriptor   *ebpf.ProgramSpec `ebpf:"map_descriptor"`
 	MapFree         *ebpf.ProgramSpec `ebpf:"map_free"`
 	NetnsAttach     *ebpf.ProgramSpec `ebpf:"netns_attach"`
+	PathMknod       *ebpf.ProgramSpec `ebpf:"path_mknod"`
 	ProgDescriptor  *ebpf.ProgramSpec `ebpf:"prog_descriptor"`
 	ProgFree        *ebpf.ProgramSpec `ebpf:"prog_free"`
 	ProgLoad        *ebpf.ProgramSpec `ebpf:"prog_load"`
@@ -334,12 +340,15 @@ type GuardPrograms struct {
 	FileIoctl       *ebpf.Program `ebpf:"file_ioctl"`
 	FileIoctlCompat *ebpf.Program `ebpf:"file_ioctl_compat"`
 	FileReceive     *ebpf.Program `ebpf:"file_receive"`
+	InodeLink       *ebpf.Program `ebpf:"inode_link"`
+	InodeRename     *ebpf.Program `ebpf:"inode_rename"`
 	LinkPrime       *ebpf.Program `ebpf:"link_prime"`
 	LinkSettle      *ebpf.Program `ebpf:"link_settle"`
 	MapCreate       *ebpf.Program `ebpf:"map_create"`
 	MapDescriptor   *ebpf.Program `ebpf:"map_descriptor"`
 	MapFree         *ebpf.Program `ebpf:"map_free"`
 	NetnsAttach     *ebpf.Program `ebpf:"netns_attach"`
+	PathMknod       *ebpf.Program `ebpf:"path_mknod"`
 	ProgDescriptor  *ebpf.Program `ebpf:"prog_descriptor"`
 	ProgFree        *ebpf.Program `ebpf:"prog_free"`
 	ProgLoad        *ebpf.Program `ebpf:"prog_load"`
@@ -359,12 +368,15 @@ func (p *GuardPrograms) Close() error {
 		p.FileIoctl,
 		p.FileIoctlCompat,
 		p.FileReceive,
+		p.InodeLink,
+		p.InodeRename,
 		p.LinkPrime,
 		p.LinkSettle,
 		p.MapCreate,
 		p.MapDescriptor,
 		p.MapFree,
 		p.NetnsAttach,
+		p.PathMknod,
 		p.ProgDescriptor,
 		p.ProgFree,
 		p.ProgLoad,

@@ -130,10 +130,19 @@ struct pt_regs {
 	u64 bx, di, orig_ax;
 } CORE;
 
-struct inode;
+struct super_block;
+
+struct inode {
+	struct super_block *i_sb;
+} CORE;
 
 struct dentry {
 	struct inode *d_inode;
+	struct super_block *d_sb;
+} CORE;
+
+struct super_block {
+	struct dentry *s_root;
 } CORE;
 
 struct path {

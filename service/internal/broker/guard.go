@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"os"
 	"sync"
 	"time"
 
@@ -26,6 +27,11 @@ type guarding struct {
 	sweep   chan struct{}    // a grant has ended
 	stirred chan struct{}    // there was an event
 	slips   chan guard.Event // that are to be undone
+
+	mu sync.Mutex
+	// roots are the root directories of the grants' file systems. A file system
+	// stays as long as its grant, so that what is pinned there can be removed.
+	roots map[grant.ID]*os.File
 }
 
 // newGuarding takes the guard over, or says why there is none.
@@ -33,6 +39,7 @@ func newGuarding(g *guard.Guard, why error) *guarding {
 	return &guarding{
 		Guard: g, why: why,
 		sweep: make(chan struct{}, 1), stirred: make(chan struct{}, 1), slips: make(chan guard.Event, 256),
+		roots: map[grant.ID]*os.File{},
 	}
 }
 
@@ -62,6 +69,19 @@ func (g *guarding) close() {
 	if g.Guard != nil {
 		g.Guard.Close()
 	}
+	for id := range g.roots {
+		_ = g.takeRoot(id).Close()
+	}
+}
+
+// takeRoot returns a grant's root directory, which is the caller's to close, or
+// nil: that of a grant that an earlier daemon made can't be found again.
+func (g *guarding) takeRoot(id grant.ID) *os.File {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	root := g.roots[id]
+	delete(g.roots, id)
+	return root
 }
 
 // guarded says whether the guard enforces grants.
@@ -97,7 +117,9 @@ func (b *Broker) bind(g grant.Grant, p *profile.Profile, f *kernel.Filesystem) e
 	if err != nil {
 		return err
 	}
-	defer root.Close()
+	b.guard.mu.Lock()
+	b.guard.roots[g.ID] = root
+	b.guard.mu.Unlock()
 	return b.guard.Bind(uint64(g.ID), root, guard.Limits{Profile: p, Deadline: g.Deadline, Owner: g.Target})
 }
 
@@ -112,7 +134,12 @@ func (b *Broker) rebind(g grant.Grant, p *profile.Profile) {
 	}
 }
 
-// unbind has the guard refuse what a grant's tokens are used for from now on.
+// unpinTime is how long what is pinned is removed.
+const unpinTime = 2 * time.Second
+
+// unbind has the guard refuse what a grant's tokens are used for from now on, and
+// removes what is pinned in its file system, where the guard then lets nobody pin
+// anything.
 func (b *Broker) unbind(g grant.Grant) error {
 	if !g.Guarded || !b.guarded() {
 		return nil
@@ -120,6 +147,12 @@ func (b *Broker) unbind(g grant.Grant) error {
 	err := b.guard.Revoke(uint64(g.ID))
 	if errors.Is(err, guard.ErrUnknown) {
 		err = nil
+	}
+	if root := b.guard.takeRoot(g.ID); root != nil {
+		ctx, stop := context.WithTimeout(context.Background(), unpinTime)
+		err = errors.Join(err, kernel.RemovePins(ctx, root))
+		stop()
+		_ = root.Close()
 	}
 	select {
 	case b.guard.sweep <- struct{}{}:

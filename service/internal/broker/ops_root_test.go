@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"runtime"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -90,6 +91,24 @@ var ops = map[string]testtarget.Op{
 	// pin PATH: pins the last link. drop: closes all that is kept.
 	"pin": func(args []string, _ []*os.File) (string, []*os.File, error) {
 		return "", nil, kept[len(kept)-1].(link.Link).Pin(args[0])
+	},
+	// keep DIR: keeps it open, and answers with a path to it that stays.
+	"keep": func(args []string, _ []*os.File) (string, []*os.File, error) {
+		f, err := os.Open(args[0])
+		if err != nil {
+			return "", nil, err
+		}
+		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+		return fmt.Sprintf("/proc/self/fd/%d", fd), nil, errors.Join(err, f.Close())
+	},
+	// entries DIR: answers with their names.
+	"entries": func(args []string, _ []*os.File) (string, []*os.File, error) {
+		entries, err := os.ReadDir(args[0])
+		var names []string
+		for _, e := range entries {
+			names = append(names, e.Name())
+		}
+		return strings.Join(names, " "), nil, err
 	},
 	"drop": func([]string, []*os.File) (string, []*os.File, error) {
 		for _, k := range kept {

@@ -7,6 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/grant"
@@ -126,10 +129,42 @@ func (b *Broker) leftOf(ctx context.Context, g grant.Grant, patience time.Durati
 	if usageErr == nil && !usage.Empty() {
 		left = append(left, fmt.Sprintf("%s, %s and %s, until the last process and pin that hold them end",
 			count(usage.Tokens, "token"), count(usage.Programs, "program"), count(usage.Maps, "map")))
+		left = append(left, b.holdersLeft(ctx, id)...)
 	} else if usageErr != nil && !errors.Is(usageErr, guard.ErrUnknown) {
 		left = append(left, usageErr.Error())
 	}
 	return left
+}
+
+// maxHolders is how many processes are named.
+const maxHolders = 8
+
+// holdersLeft says who holds an ended grant's programs.
+func (b *Broker) holdersLeft(ctx context.Context, id uint64) (phrases []string) {
+	programs, err := b.guard.Programs(id)
+	if err == nil && len(programs) == 0 {
+		return nil
+	}
+	var found map[uint32][]int
+	if err == nil {
+		found, err = kernel.Holders(ctx, kernel.ProgramID, programs)
+	}
+	if err != nil {
+		phrases = append(phrases, err.Error())
+	}
+	held := map[int]int{}
+	for _, pids := range found {
+		for _, pid := range pids {
+			held[pid]++
+		}
+	}
+	for i, pid := range slices.Sorted(maps.Keys(held)) {
+		if i == maxHolders {
+			return append(phrases, count(len(held)-i, "more process")+" with programs")
+		}
+		phrases = append(phrases, fmt.Sprintf("process %d, which has %s", pid, count(held[pid], "program")))
+	}
+	return phrases
 }
 
 // maxAttachments is how many are named one by one.
@@ -149,7 +184,7 @@ func count(n int, noun string) string {
 	if n == 1 {
 		return "1 " + noun
 	}
-	if noun == "process" {
+	if strings.HasSuffix(noun, "process") {
 		noun += "e"
 	}
 	return fmt.Sprintf("%d %ss", n, noun)

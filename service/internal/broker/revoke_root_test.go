@@ -34,7 +34,7 @@ func attachedLinks(t *testing.T) map[link.Type]int {
 			t.Fatal(err)
 		}
 		switch {
-		case info.Type == link.TracingType:
+		case info.Type == link.TracingType || info.Type == link.IterType:
 			continue
 		case info.Type == link.XDPType && info.XDP().Ifindex == 0:
 			continue
@@ -133,8 +133,9 @@ func revokeDetaches(t *testing.T, f *fake) {
 		t.Fatal(err)
 	}
 	text := strings.Join(notReached, "\n")
-	if len(notReached) != 2 || !strings.Contains(text, "an attachment (raw tracepoint) of program ") ||
-		!strings.Contains(text, "4 programs and 1 map, until the last process and pin that hold them end") {
+	if len(notReached) != 3 || !strings.Contains(text, "an attachment (raw tracepoint) of program ") ||
+		!strings.Contains(text, "4 programs and 1 map, until the last process and pin that hold them end") ||
+		!strings.Contains(text, fmt.Sprintf("process %d, which has 4 programs", p.PID)) {
 		t.Errorf("not reached:\n%s", text)
 	}
 	if got := attachedLinks(t); !equal(got, map[link.Type]int{link.RawTracepointType: 1}) || attachedTo(t, cgroup) != 0 {
@@ -155,24 +156,40 @@ func equal(a, b map[link.Type]int) bool {
 	return len(a) == len(b)
 }
 
-// What is pinned and can't be detached is told of, and goes with its file system.
+// What is pinned is removed, and goes if nothing else holds it. Nobody can pin
+// anything again.
 func revokePinned(t *testing.T, f *fake) {
 	p, c, g, _ := f.reaching(t)
-	p.Must("raw", "sys_enter")
-	p.Must("pin", "/mnt/raw")
+	p.Must("mkdir", "/mnt/sub")
+	for _, path := range []string{"/mnt/raw", "/mnt/sub/raw"} {
+		p.Must("raw", "sys_enter")
+		p.Must("pin", path)
+	}
 	p.Must("drop")
-	if got := attachedLinks(t); len(got) != 1 {
+	if got := attachedLinks(t); !equal(got, map[link.Type]int{link.RawTracepointType: 2}) {
 		t.Fatalf("attached are %v", got)
 	}
+	root := p.Must("keep", "/mnt")
+	p.Must("raw", "sys_exit")
 	notReached, err := f.revoke(c, g.ID.String())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(attachedLinks(t)) > 0 && (len(notReached) != 2 || !strings.Contains(notReached[0], "raw tracepoint")) {
-		t.Errorf("not reached: %q", notReached)
+	text := strings.Join(notReached, "\n")
+	if len(notReached) != 3 || !strings.Contains(text, "raw tracepoint") || !strings.Contains(text, "1 program and 0 maps") ||
+		!strings.Contains(text, fmt.Sprintf("process %d, which has 1 program", p.PID)) {
+		t.Errorf("not reached:\n%s", text)
+	}
+	testtarget.Eventually(t, "the pins go", func() bool {
+		return equal(attachedLinks(t), map[link.Type]int{link.RawTracepointType: 1})
+	})
+	for op, path := range map[string]string{"pin": root + "/again", "entries": root} {
+		out, _, err := p.Do(op, []string{path})
+		if op == "pin" && !errors.Is(err, unix.EPERM) || op == "entries" && (err != nil || out != "") {
+			t.Errorf("%s: got %q, %v", op, out, err)
+		}
 	}
 	p.Kill()
-	testtarget.Eventually(t, "the pin goes", func() bool { return len(attachedLinks(t)) == 0 })
 }
 
 func revokeKills(t *testing.T, f *fake) {

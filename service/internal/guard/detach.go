@@ -44,6 +44,16 @@ func (g *Guard) Detach(ctx context.Context, grants ...uint64) (rest []Attachment
 	return append(rest, more...), err
 }
 
+// Programs returns the ids of a grant's programs.
+func (g *Guard) Programs(grant uint64) (map[uint32]bool, error) {
+	programs, err := g.programs([]uint64{grant})
+	ids := map[uint32]bool{}
+	for id := range programs {
+		ids[uint32(id)] = true
+	}
+	return ids, err
+}
+
 // programs finds the programs of grants, and whose each is. One that has never
 // had a descriptor isn't among them, and attached nowhere.
 func (g *Guard) programs(grants []uint64) (map[ebpf.ProgramID]uint64, error) {
