@@ -10,11 +10,19 @@
 // swap. Only LINK_UPDATE, PROG_ATTACH, PROG_DETACH and PROG_TEST_RUN give no
 // such thing to a hook: these are refused by who calls.
 //
-// Coarser than a profile's words, therefore: who is confined in what LINK_UPDATE
-// might touch gets none, nor PROG_ATTACH to his own cgroups (links he gets); with
-// programs for interfaces, PROG_TEST_RUN of any type only in an own network
-// namespace; and with Interfaces=own no devmap. Nothing holds what netlink
-// attaches in an own network namespace, also with Interfaces=none.
+// Coarser than a profile's words, therefore, for who is confined:
+// - LINK_UPDATE only by a thread whose descriptors no other can swap (unshare(2),
+//   CLONE_FILES), else none: a link that somebody handed out may be to anything.
+// - PROG_ATTACH and PROG_DETACH not to own cgroups either. They can put a program
+//   in the place of one that root has attached there, or take that away. Links
+//   can't.
+// - PROG_TEST_RUN, with programs for interfaces, of any type only in an own network
+//   namespace: it may send packets.
+// - PROG_ATTACH to interfaces of an own network namespace only for tcx and the flow
+//   dissector.
+// - With Interfaces=own no devmap: it takes the devices of whoever updates it.
+// Nothing holds what netlink attaches in an own network namespace, also with
+// Interfaces=none.
 
 #include "kernel.h"
 
@@ -1102,7 +1110,7 @@ static always_inline u32 place_of(struct bpf_link *link, struct bpf_prog *prog, 
 
 	*kind = INTERFACES;
 	*own = false;
-	switch ((u32)link->type) {
+	switch ((u32)READ(link, type)) {
 	case LINK_SOCKMAP:
 		*kind = KINDS;
 		return REACHED;
@@ -1110,7 +1118,7 @@ static always_inline u32 place_of(struct bpf_link *link, struct bpf_prog *prog, 
 		cgroup = READ(CONTAINER(link, struct bpf_cgroup_link, link), cgroup);
 		if (!cgroup)
 			return NOWHERE;
-		*kind = prog->type == PROG_LSM ? PROCESSES : CGROUPS;
+		*kind = READ(prog, type) == PROG_LSM ? PROCESSES : CGROUPS;
 		*own = *kind == CGROUPS && owns_cgroup(cgroup, owner);
 		break;
 	case LINK_NETNS:
@@ -1142,7 +1150,7 @@ static always_inline u32 place_of(struct bpf_link *link, struct bpf_prog *prog, 
 	case LINK_PERF_EVENT:
 		// Of the caller's own process: only root may open one of others.
 		*kind = PROCESSES;
-		*own = prog->type == PROG_PERF_EVENT;
+		*own = READ(prog, type) == PROG_PERF_EVENT;
 		break;
 	case LINK_UPROBE_MULTI: {
 		struct task_struct *task = READ(CONTAINER(link, struct bpf_uprobe_multi_link, link), task);
@@ -1248,7 +1256,8 @@ static always_inline bool makes_link(struct task_struct *task)
 		command = READ(regs, di);
 	else
 		return false;
-	return command == CMD_LINK_CREATE || command == CMD_RAW_TRACEPOINT_OPEN;
+	// A program that is run can make one, too.
+	return command == CMD_LINK_CREATE || command == CMD_RAW_TRACEPOINT_OPEN || command == CMD_PROG_TEST_RUN;
 }
 
 // The kernel allocates the file of a link before it attaches the program. (A
@@ -1333,6 +1342,13 @@ int slipped_links(u64 *ctx)
 
 // Whatever gives no link to look at.
 
+// Attach types.
+enum {
+	FLOW_DISSECTOR = 17,
+	TCX_INGRESS = 46,
+	TCX_EGRESS = 47,
+};
+
 // prog_kind is the kind of target of PROG_ATTACH, or KINDS if that is the
 // caller's own map.
 static always_inline u32 prog_kind(u32 attach_type)
@@ -1344,9 +1360,9 @@ static always_inline u32 prog_kind(u32 attach_type)
 	case 38: // sk_skb_verdict
 		return KINDS;
 	case 16: // lirc_mode2
-	case 17: // flow_dissector
-	case 46: // tcx_ingress
-	case 47: // tcx_egress
+	case FLOW_DISSECTOR:
+	case TCX_INGRESS:
+	case TCX_EGRESS:
 	case 54: // netkit_primary
 	case 55: // netkit_peer
 		return INTERFACES;
@@ -1361,8 +1377,8 @@ static always_inline u32 link_kind(u32 attach_type)
 	switch (attach_type) {
 	case 37: // xdp
 	case 45: // netfilter
-	case 46: // tcx_ingress
-	case 47: // tcx_egress
+	case TCX_INGRESS:
+	case TCX_EGRESS:
 	case 54: // netkit_primary
 	case 55: // netkit_peer
 		return INTERFACES;
@@ -1389,21 +1405,49 @@ static __attribute__((noinline)) bool confined_at_all(u32 *owner)
 	return confined(INTERFACES, owner) || confined(CGROUPS, owner) || confined(PROCESSES, owner);
 }
 
+// behind returns what the caller's descriptor stands for, a program or a link if it
+// is one.
+static always_inline void *behind(u32 fd)
+{
+	struct fdtable *table = READ(READ(bpf_get_current_task_btf(), files), fdt);
+	struct file *file = 0;
+
+	if (fd >= READ(table, max_fds) || bpf_probe_read_kernel(&file, sizeof(file), READ(table, fd) + fd) || !file)
+		return 0;
+	return READ(file, private_data);
+}
+
+// may_update says whether the caller may put a program in the place of a link's:
+// wherever the program's grant could have made the link. What the descriptors stand
+// for is only certain where nobody else shares them, as other threads do. What
+// isn't a link at all, the kernel itself refuses.
+static __attribute__((noinline)) int may_update(u32 link_fd, u32 program_fd)
+{
+	struct bpf_link *link = behind(link_fd);
+	struct bpf_prog *prog = behind(program_fd);
+	u64 key = (u64)prog;
+	struct object *o = bpf_map_lookup_elem(&objects, &key);
+	struct grant *g;
+	bool own;
+	u32 kind;
+
+	if (READ(READ(bpf_get_current_task_btf(), files), count.counter) != 1 || !link || !o || !o->namespace)
+		return 0;
+	g = bpf_map_lookup_elem(&grants, &o->grant);
+	if (!g || !live(g) || place_of(link, prog, g, o->namespace, o->owner, &kind, &own) != REACHED)
+		return 0;
+	learn_reach(lesson_of(o->grant), kind, own);
+	return 1;
+}
+
 // learn_command learns from a command that names a program by its descriptor only.
 // Another thread may swap that, which would fool the one who learns.
 static __attribute__((noinline)) int learn_command(u32 fd, u32 kind)
 {
-	struct fdtable *table = READ(READ(bpf_get_current_task_btf(), files), fdt);
-	struct file *file = 0;
-	struct bpf_prog *prog;
-	struct object *o;
-	u64 key;
+	struct bpf_prog *prog = behind(fd);
+	u64 key = (u64)prog;
+	struct object *o = bpf_map_lookup_elem(&objects, &key);
 
-	if (fd >= READ(table, max_fds) || bpf_probe_read_kernel(&file, sizeof(file), READ(table, fd) + fd))
-		return 0;
-	prog = READ(file, private_data);
-	key = (u64)prog;
-	o = bpf_map_lookup_elem(&objects, &key);
 	if (!o || !o->namespace)
 		return 0;
 	if (kind == KINDS)
@@ -1447,11 +1491,12 @@ int command(u64 *ctx)
 		*state = UNSEEN;
 		return 0;
 	case CMD_LINK_UPDATE:
-		if (!confined_at_all(&owner)) {
-			if (bpf_probe_read_kernel(&attach, sizeof(attach), (void *)ctx[1]))
-				return 0;
+		if (bpf_probe_read_kernel(&attach, sizeof(attach), (void *)ctx[1]))
+			return -EPERM;
+		if (!confined_at_all(&owner))
 			return learn_own(attach.program, KINDS);
-		}
+		if (may_update(attach.target, attach.program))
+			return 0;
 		break;
 	case CMD_PROG_ATTACH:
 	case CMD_PROG_DETACH:
@@ -1460,7 +1505,9 @@ int command(u64 *ctx)
 		kind = prog_kind(attach.type);
 		if (kind == KINDS || !confined(kind, &owner))
 			return 0;
-		if (kind == INTERFACES && attach.type != 16 && in_own_network() && has_own(kind))
+		// Below there is a second line for each of these.
+		if ((attach.type == FLOW_DISSECTOR || attach.type == TCX_INGRESS || attach.type == TCX_EGRESS) &&
+		    in_own_network() && has_own(kind))
 			return 0;
 		break;
 	case CMD_PROG_TEST_RUN:

@@ -115,7 +115,12 @@ struct fdtable {
 	struct file **fd;
 } CORE;
 
+typedef struct CORE {
+	int counter;
+} atomic_t;
+
 struct files_struct {
+	atomic_t count;
 	struct fdtable *fdt;
 } CORE;
 

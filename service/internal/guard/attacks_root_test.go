@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/bpfbroker/bpfbroker/bpf"
@@ -260,4 +262,68 @@ func TestComeAndGo(t *testing.T) {
 		expect(t, target, 0, "dropall", nil)
 	}
 	t.Logf("%d grants with %d inode numbers", total, len(numbers))
+}
+
+// TestUpdate puts programs in the place of links' programs: of links that root has
+// made and handed out, and by another grant that reaches less.
+func TestUpdate(t *testing.T) {
+	g := open(t)
+	own, _ := cgroup(t, "update", testtarget.Alice)
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.CGroupSKB, AttachType: ebpf.AttachCGroupInetEgress, License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	linkTo := func(cgroup *os.File) *os.File {
+		t.Helper()
+		l, err := link.AttachRawLink(link.RawLinkOptions{Target: int(cgroup.Fd()), Program: p, Attach: ebpf.AttachCGroupInetEgress})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		f := testtarget.Dup(t, l.FD())
+		t.Cleanup(func() { f.Close() })
+		return f
+	}
+	toOwn, toRoot := linkTo(own), linkTo(openFile(t, "/sys/fs/cgroup"))
+	target := testtarget.New(t, testtarget.Alice)
+	id := grant(t, g, target, confinedTo(profile.ReachOwn))
+	less := target.Start(testtarget.Attr{})
+	grant(t, g, less, confinedTo(profile.ReachNone))
+	for _, p := range []*testtarget.Process{target, less} {
+		expect(t, p, 0, "load", loading(simple[typeCgroupSKB]))
+	}
+	expect(t, target, unix.EPERM, "updatealone", nil, toRoot)
+	expect(t, less, unix.EPERM, "updatealone", nil, toRoot)
+	expect(t, less, unix.EPERM, "updatealone", nil, toOwn)
+	expect(t, target, 0, "updatealone", nil, toOwn)
+	// What is no link looks like one to the guard, if like anything.
+	program := testtarget.Dup(t, p.FD())
+	defer program.Close()
+	for _, f := range []*os.File{own, program, openFile(t, "/dev/null")} {
+		if _, _, err := target.Do("updatealone", nil, f); err == nil {
+			t.Errorf("%s was updated", f.Name())
+		}
+	}
+	// Neither is what is no program, or none of a grant's.
+	for _, f := range []*os.File{own, program} {
+		expect(t, target, 0, "hold", nil, f)
+		expect(t, target, unix.EPERM, "updatealone", nil, toOwn)
+	}
+
+	// Other threads could put another link in its place.
+	expect(t, target, 0, "load", loading(simple[typeCgroupSKB]))
+	expect(t, target, 0, "link", []string{"", strconv.Itoa(attachEgress)}, own)
+	expect(t, target, unix.EPERM, "update", nil)
+	expect(t, target, 0, "updatealone", nil)
+	if err := g.Revoke(id); err != nil {
+		t.Fatal(err)
+	}
+	expect(t, target, unix.EPERM, "updatealone", nil)
+	_ = toOwn.Close() // which has the grant's program
+	expect(t, less, 0, "dropall", nil)
+	expect(t, target, 0, "dropall", nil)
 }

@@ -449,6 +449,7 @@ func TestAttach(t *testing.T) {
 			expect(t, target, test.own, "link", []string{"", strconv.Itoa(attachEgress)}, own)
 			if test.own == 0 {
 				expect(t, target, test.update, "update", nil)
+				expect(t, target, 0, "updatealone", nil)
 			}
 			expect(t, target, test.own, "link", []string{"", strconv.Itoa(attachEgress)}, below)
 			expect(t, target, test.root, "link", []string{"", strconv.Itoa(attachEgress)}, root)

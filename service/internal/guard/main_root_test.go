@@ -175,6 +175,26 @@ var ops = map[string]testtarget.Op{
 		_, err := call(29, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
 		return "", nil, err
 	},
+	// updatealone: the same, by a thread that shares its descriptors with no other.
+	// With a file that is the link.
+	"updatealone": func(_ []string, files []*os.File) (string, []*os.File, error) {
+		attr := struct{ link, program, flags, old uint32 }{program: uint32(last())}
+		if len(files) > 0 {
+			attr.link = uint32(files[0].Fd())
+		} else {
+			attr.link = uint32(held.links[len(held.links)-1])
+		}
+		ended := make(chan error)
+		go func() {
+			runtime.LockOSThread() // which ends with it
+			err := unix.Unshare(unix.CLONE_FILES)
+			if err == nil {
+				_, err = call(29, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+			}
+			ended <- err
+		}()
+		return "", nil, <-ended
+	},
 	// swap SECONDS OWN OTHER: makes links to a cgroup while another thread
 	// puts the other in its place. Answers how often, with which successes.
 	"swap": func(args []string, files []*os.File) (string, []*os.File, error) {
