@@ -179,7 +179,7 @@ demo:
 	$(GO) run ./test/demo
 
 bench:
-	test/setup make clang gcc libc6-dev
+	test/setup make clang gcc libc6-dev e2fsprogs xz-utils qemu-system-x86
 	$(GO) run ./test/bench
 	$(GO) test -tags root -run '^$$' -bench . ./service/client/export
 

@@ -15,10 +15,11 @@ type side struct {
 	sample sampler
 }
 
-// series is what was measured of one side, in nanoseconds.
+// series is what was measured of one side, in nanoseconds or in instructions.
 type series struct {
-	Name    string  `json:"name"`
-	Samples []int64 `json:"samples"`
+	Name         string  `json:"name"`
+	Samples      []int64 `json:"samples"`
+	Instructions bool    `json:"instructions,omitempty"`
 }
 
 // quantile returns the sample that q (0 to 1) of them are below.
@@ -57,7 +58,7 @@ type figure struct {
 	Unit   string   `json:"unit,omitempty"`
 	Bound  string   `json:"bound"`
 	OK     bool     `json:"ok"`
-	Series []series `json:"series,omitempty"` // in nanoseconds
+	Series []series `json:"series,omitempty"`
 }
 
 // compare makes a figure of a ratio.
@@ -99,6 +100,11 @@ func (f figure) String() string {
 	var text strings.Builder
 	fmt.Fprintf(&text, "\n%s\n", f.line())
 	for _, s := range f.Series {
+		if s.Instructions {
+			fmt.Fprintf(&text, "    %-65s median %d instructions, quarters %d … %d, %d samples\n", s.Name,
+				s.median(), s.quantile(0.25), s.quantile(0.75), len(s.Samples))
+			continue
+		}
 		fmt.Fprintf(&text, "    %-65s median %8.3f ms, quarters %8.3f … %8.3f, %d samples\n", s.Name,
 			milliseconds(s.median()), milliseconds(s.quantile(0.25)), milliseconds(s.quantile(0.75)), len(s.Samples))
 	}
