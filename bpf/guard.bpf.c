@@ -189,7 +189,8 @@ struct {
 	__type(value, struct usage);
 } users SEC(".maps");
 
-// By the kernel's pointer.
+// By the kernel's pointer: a program's is its aux, as the program itself may be
+// moved while it is verified and compiled.
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -737,7 +738,7 @@ int prog_load(u64 *ctx)
 	struct bpf_prog *prog = (void *)ctx[0];
 	struct token *t = token_of(prog->aux->token);
 	struct object o = {};
-	u64 key = (u64)prog;
+	u64 key = (u64)prog->aux;
 	struct usage *used, *user;
 	struct lesson *l;
 	struct grant *g;
@@ -811,7 +812,9 @@ static always_inline void forget(u64 key)
 SEC("lsm/bpf_prog_free")
 int prog_free(u64 *ctx)
 {
-	forget(ctx[0]);
+	struct bpf_prog *prog = (void *)ctx[0];
+
+	forget((u64)prog->aux);
 	return 0;
 }
 
@@ -828,7 +831,7 @@ SEC("lsm/bpf_prog")
 int prog_descriptor(u64 *ctx)
 {
 	struct bpf_prog *prog = (void *)ctx[0];
-	u64 key = (u64)prog;
+	u64 key = (u64)prog->aux;
 	struct lesson *l;
 	struct object *o;
 	struct event *e;
@@ -861,7 +864,9 @@ SEC("lsm/file_receive")
 int file_receive(u64 *ctx)
 {
 	struct file *file = (void *)ctx[0];
-	u64 key = (u64)file->private_data;
+	// Whatever that is; who makes it look like a program receives nothing.
+	struct bpf_prog *prog = file->private_data;
+	u64 key = (u64)READ(prog, aux);
 	struct object *o;
 
 	o = key ? bpf_map_lookup_elem(&objects, &key) : 0;
@@ -1175,7 +1180,7 @@ static always_inline u32 place_of(struct bpf_link *link, struct bpf_prog *prog, 
 // what the grant needn't reach.
 static always_inline void lend(struct bpf_prog *prog)
 {
-	u64 key = (u64)prog;
+	u64 key = (u64)READ(prog, aux);
 	struct object *o = bpf_map_lookup_elem(&objects, &key);
 
 	if (o)
@@ -1322,7 +1327,7 @@ int slipped_links(u64 *ctx)
 		return 0;
 	slip.link = link->id; // 0 until it is settled
 	prog = link->prog;
-	key = (u64)prog;
+	key = (u64)READ(prog, aux);
 	if (!slip.link || !prog)
 		return 0;
 	o = bpf_map_lookup_elem(&objects, &key);
@@ -1425,7 +1430,7 @@ static __attribute__((noinline)) int may_update(u32 link_fd, u32 program_fd)
 {
 	struct bpf_link *link = behind(link_fd);
 	struct bpf_prog *prog = behind(program_fd);
-	u64 key = (u64)prog;
+	u64 key = (u64)READ(prog, aux);
 	struct object *o = bpf_map_lookup_elem(&objects, &key);
 	struct grant *g;
 	bool own;
@@ -1445,7 +1450,7 @@ static __attribute__((noinline)) int may_update(u32 link_fd, u32 program_fd)
 static __attribute__((noinline)) int learn_command(u32 fd, u32 kind)
 {
 	struct bpf_prog *prog = behind(fd);
-	u64 key = (u64)prog;
+	u64 key = (u64)READ(prog, aux);
 	struct object *o = bpf_map_lookup_elem(&objects, &key);
 
 	if (!o || !o->namespace)
