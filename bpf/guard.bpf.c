@@ -237,6 +237,23 @@ struct {
 	__type(value, u32);
 } protected SEC(".maps");
 
+// How much there is of what most calls have nothing to do with, so that these
+// needn't look for it: lessons, and protected maps, or more.
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 2);
+	__type(key, u32);
+	__type(value, u32);
+} counts SEC(".maps");
+enum { LESSONS, PROTECTED };
+
+static always_inline bool any(u32 what)
+{
+	u32 *count = bpf_map_lookup_elem(&counts, &what);
+
+	return count && *count;
+}
+
 // What a task that makes a link has to do with it.
 enum { UNSEEN = 1, REFUSED };
 struct {
@@ -497,7 +514,7 @@ struct scan {
 
 static always_inline struct lesson *lesson_of(u64 grant)
 {
-	return bpf_map_lookup_elem(&lessons, &grant);
+	return any(LESSONS) ? bpf_map_lookup_elem(&lessons, &grant) : 0;
 }
 
 static always_inline void learn_reach(struct lesson *l, u32 kind, bool own)
@@ -972,6 +989,7 @@ int map_create(u64 *ctx)
 	struct usage *used, *user;
 	struct lesson *l;
 	struct grant *g;
+	long err;
 
 	if (!t)
 		return 0;
@@ -989,16 +1007,19 @@ int map_create(u64 *ctx)
 	user = bpf_map_lookup_elem(&users, &t->owner);
 	if (!used || !user)
 		return -EPERM;
-	if (bpf_map_lookup_elem(&objects, &key))
-		return 0;
 	o.grant = t->grant;
 	o.owner = t->owner;
 	o.bytes = map_bytes(map);
-	if (!take(&used->maps, g->max_maps))
-		return refuse(t->grant, t->owner, QUOTA_MAPS, g->max_maps);
+	err = bpf_map_update_elem(&objects, &key, &o, BPF_NOEXIST);
+	if (err)
+		return err == -EEXIST ? 0 : -EPERM; // an older guard that is replaced has counted it
+	if (!take(&used->maps, g->max_maps)) {
+		refuse(t->grant, t->owner, QUOTA_MAPS, g->max_maps);
+		goto no_map;
+	}
 	if (!take(&user->maps, user_maps)) {
 		refuse(t->grant, t->owner, QUOTA_MAPS, user_maps);
-		goto no_map;
+		goto no_user_map;
 	}
 	if (!take_bytes(&used->map_bytes, o.bytes, g->max_map_bytes)) {
 		refuse(t->grant, t->owner, QUOTA_MAP_BYTES, g->max_map_bytes);
@@ -1008,26 +1029,25 @@ int map_create(u64 *ctx)
 		refuse(t->grant, t->owner, QUOTA_MAP_BYTES, user_map_bytes);
 		goto no_user_bytes;
 	}
-	if (!bpf_map_update_elem(&objects, &key, &o, BPF_NOEXIST)) {
-		l = lesson_of(t->grant);
-		if (!l)
-			return 0;
-		l->maps |= 1ULL << (map->map_type & 63);
-		if (map->map_type == MAP_STRUCT_OPS)
-			learn_reach(l, PROCESSES, false);
-		if (l->maps_at_once < used->maps)
-			l->maps_at_once = used->maps;
-		if (l->map_bytes < used->map_bytes)
-			l->map_bytes = used->map_bytes;
+	l = lesson_of(t->grant);
+	if (!l)
 		return 0;
-	}
-	__sync_fetch_and_add(&user->map_bytes, -o.bytes);
+	l->maps |= 1ULL << (map->map_type & 63);
+	if (map->map_type == MAP_STRUCT_OPS)
+		learn_reach(l, PROCESSES, false);
+	if (l->maps_at_once < used->maps)
+		l->maps_at_once = used->maps;
+	if (l->map_bytes < used->map_bytes)
+		l->map_bytes = used->map_bytes;
+	return 0;
 no_user_bytes:
 	__sync_fetch_and_add(&used->map_bytes, -o.bytes);
 no_bytes:
 	give_back(&user->maps);
-no_map:
+no_user_map:
 	give_back(&used->maps);
+no_map:
+	bpf_map_delete_elem(&objects, &key);
 	return -EPERM;
 }
 
@@ -1056,7 +1076,7 @@ int map_descriptor(u64 *ctx)
 		if (seen)
 			__sync_fetch_and_add(seen, 1);
 	}
-	if (!(ctx[1] & FMODE_WRITE) || !bpf_map_lookup_elem(&protected, &id))
+	if (!(ctx[1] & FMODE_WRITE) || !any(PROTECTED) || !bpf_map_lookup_elem(&protected, &id))
 		return 0;
 	cred = credentials();
 	if (cred->user_ns->level == 0 && cred->cap_effective.val & CAP_SYS_ADMIN)
@@ -1189,6 +1209,9 @@ static always_inline void lend(struct bpf_prog *prog)
 
 static always_inline u32 *linking_of(struct task_struct *task, u64 flags)
 {
+	// Few tasks have any.
+	if (!flags && !task->bpf_storage)
+		return 0;
 	return bpf_task_storage_get(&linking, task, 0, flags);
 }
 
@@ -1469,12 +1492,13 @@ static always_inline int learn_own(u32 fd, u32 kind)
 	return credentials()->user_ns->level ? learn_command(fd, kind) : 0;
 }
 
-SEC("lsm/bpf")
-int command(u64 *ctx)
+static __attribute__((noinline)) int judge_command(u64 *ctx)
 {
 	u32 cmd = ctx[0], owner = 0, kind, *state;
 	struct { u32 target, program, type; } attach;
 
+	if (privileged())
+		return 0;
 	switch (cmd) {
 	case CMD_LINK_CREATE:
 	case CMD_RAW_TRACEPOINT_OPEN:
@@ -1527,6 +1551,18 @@ int command(u64 *ctx)
 		return 0;
 	}
 	return refuse(0, owner, COMMAND, cmd);
+}
+
+#define JUDGED (1 << CMD_PROG_ATTACH | 1 << CMD_PROG_DETACH | 1 << CMD_PROG_TEST_RUN | \
+		1 << CMD_RAW_TRACEPOINT_OPEN | 1 << CMD_LINK_CREATE | 1 << CMD_LINK_UPDATE)
+
+// Every call to bpf(2) comes by here, most of them many times as often as these.
+SEC("lsm/bpf")
+int command(u64 *ctx)
+{
+	u32 cmd = ctx[0];
+
+	return cmd < 32 && JUDGED >> cmd & 1 ? judge_command(ctx) : 0;
 }
 
 // Second lines: here the kernel has found out which program it is, and can't be

@@ -112,6 +112,7 @@ type GuardUsage struct {
 const (
 	GuardMapCanary           = "canary"
 	GuardMapConfinements     = "confinements"
+	GuardMapCounts           = "counts"
 	GuardMapEvents           = "events"
 	GuardMapGrants           = "grants"
 	GuardMapLessons          = "lessons"
@@ -233,6 +234,7 @@ type GuardProgramSpecs struct {
 type GuardMapSpecs struct {
 	Canary       *ebpf.MapSpec `ebpf:"canary"`
 	Confinements *ebpf.MapSpec `ebpf:"confinements"`
+	Counts       *ebpf.MapSpec `ebpf:"counts"`
 	Events       *ebpf.MapSpec `ebpf:"events"`
 	Grants       *ebpf.MapSpec `ebpf:"grants"`
 	Lessons      *ebpf.MapSpec `ebpf:"lessons"`
@@ -284,6 +286,7 @@ func (o *GuardObjects) Close() error {
 type GuardMaps struct {
 	Canary       *ebpf.Map `ebpf:"canary"`
 	Confinements *ebpf.Map `ebpf:"confinements"`
+	Counts       *ebpf.Map `ebpf:"counts"`
 	Events       *ebpf.Map `ebpf:"events"`
 	Grants       *ebpf.Map `ebpf:"grants"`
 	Lessons      *ebpf.Map `ebpf:"lessons"`
@@ -300,6 +303,7 @@ func (m *GuardMaps) Close() error {
 	return _GuardClose(
 		m.Canary,
 		m.Confinements,
+		m.Counts,
 		m.Events,
 		m.Grants,
 		m.Lessons,

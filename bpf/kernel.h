@@ -62,6 +62,7 @@ struct bpf_spin_lock {
 enum {
 	EPERM = 1,
 	ENOMEM = 12,
+	EEXIST = 17,
 	SIGKILL = 9,
 	BPF_ANY = 0,
 	BPF_NOEXIST = 1,
@@ -128,6 +129,7 @@ struct task_struct {
 	struct cred *cred;
 	struct nsproxy *nsproxy;
 	struct files_struct *files;
+	struct bpf_local_storage *bpf_storage;
 } CORE;
 
 // The registers of the system call that a task makes, on x86-64.

@@ -260,6 +260,9 @@ func (g *Guard) readOwners() error {
 	for _, id := range asked {
 		_ = g.maps.Lessons.Delete(id)
 	}
+	if err := g.maps.Counts.Put(countLessons, uint32(0)); err != nil {
+		return fmt.Errorf("cannot write the guard's maps: %w", err)
+	}
 	var owner uint32
 	var idle []uint32
 	users := g.maps.Users.Iterate()

@@ -115,6 +115,9 @@ func Open(dir string) (_ *Guard, err error) {
 	if err := spec.LoadAndAssign(&g.maps, &options); err != nil {
 		return nil, unavailable(err)
 	}
+	if err := g.countAll(); err != nil {
+		return nil, err
+	}
 	current := filepath.Join(dir, linksPrefix+bpf.Version())
 	if !slices.Contains(old, current) || !complete(current, spec) {
 		if err := g.attach(current, spec, &options); err != nil {
@@ -314,7 +317,9 @@ func (g *Guard) waitForPrograms() error {
 // (CAP_SYS_ADMIN in the initial user namespace) new descriptors for writing of
 // a map, until Unprotect.
 func (g *Guard) Protect(id ebpf.MapID) error {
-	if err := g.maps.Protected.Put(uint32(id), uint32(0)); err != nil {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.put(countProtected, g.maps.Protected, uint32(id), uint32(0)); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 		return fmt.Errorf("cannot protect a map: %w", err)
 	}
 	return nil
@@ -322,8 +327,62 @@ func (g *Guard) Protect(id ebpf.MapID) error {
 
 // Unprotect undoes Protect. Ids of maps that have gone should be given up, too.
 func (g *Guard) Unprotect(id ebpf.MapID) error {
-	if err := g.maps.Protected.Delete(uint32(id)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.remove(countProtected, g.maps.Protected, uint32(id)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("cannot give up the protection of a map: %w", err)
+	}
+	return nil
+}
+
+// What the programs don't look for where there is none, as the map counts has it.
+// There may be less, as when a daemon was interrupted, but not more.
+const (
+	countLessons uint32 = iota
+	countProtected
+)
+
+// put adds to a map that is counted what isn't there.
+func (g *Guard) put(counted uint32, to *ebpf.Map, key, value any) error {
+	if err := g.count(counted, 1); err != nil {
+		return err
+	}
+	err := to.Update(key, value, ebpf.UpdateNoExist)
+	if err != nil {
+		err = errors.Join(err, g.count(counted, -1))
+	}
+	return err
+}
+
+// remove undoes put.
+func (g *Guard) remove(counted uint32, from *ebpf.Map, key any) error {
+	if err := from.Delete(key); err != nil {
+		return err
+	}
+	return g.count(counted, -1)
+}
+
+func (g *Guard) count(counted uint32, change int) error {
+	var count uint32
+	if err := g.maps.Counts.Lookup(counted, &count); err != nil {
+		return err
+	}
+	return g.maps.Counts.Put(counted, count+uint32(change))
+}
+
+// countAll counts what there is, before programs look at it: the daemon before
+// may not have counted, or not have got to it.
+func (g *Guard) countAll() error {
+	var id, zero, count uint32
+	protected := g.maps.Protected.Iterate()
+	for protected.Next(&id, &zero) {
+		count++
+	}
+	if err := protected.Err(); err != nil {
+		return fmt.Errorf("cannot read the guard's protected maps: %w", err)
+	}
+	if err := g.maps.Counts.Put(countProtected, count); err != nil {
+		return fmt.Errorf("cannot write the guard's maps: %w", err)
 	}
 	return nil
 }

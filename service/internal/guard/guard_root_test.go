@@ -720,6 +720,19 @@ func TestProtect(t *testing.T) {
 		t.Fatalf("root can't open it: %v", err)
 	}
 	_ = again.Close()
+	// Others come and go, and one daemon after another.
+	const other = 1 << 31
+	for _, change := range []func(ebpf.MapID) error{g.Protect, g.Protect, g.Unprotect, g.Unprotect} {
+		if err := change(other); err != nil {
+			t.Fatal(err)
+		}
+	}
+	expect(t, target, unix.EPERM, "reopen", []string{"0"}, readOnly, bpffs)
+	if err := g.maps.Counts.Put(countProtected, uint32(0)); err != nil { // an older one doesn't count
+		t.Fatal(err)
+	}
+	g = open(t)
+	expect(t, target, unix.EPERM, "reopen", []string{"0"}, readOnly, bpffs)
 	if err := g.Unprotect(id); err != nil {
 		t.Fatal(err)
 	}

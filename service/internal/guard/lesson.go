@@ -18,7 +18,9 @@ var ErrLearning = errors.New("somebody learns from the grant already")
 // Learn has the guard write down from now on what a grant is used for, until
 // Learnt. ErrLearning if it does already.
 func (g *Guard) Learn(id uint64) error {
-	err := g.maps.Lessons.Update(id, bpf.GuardLesson{}, ebpf.UpdateNoExist)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	err := g.put(countLessons, g.maps.Lessons, id, bpf.GuardLesson{})
 	if errors.Is(err, ebpf.ErrKeyExist) {
 		err = ErrLearning
 	}
@@ -32,7 +34,7 @@ func (g *Guard) Learn(id uint64) error {
 // if nobody has called that.
 func (g *Guard) Learnt(id uint64) (*profile.Lesson, error) {
 	var l bpf.GuardLesson
-	err := g.maps.Lessons.LookupAndDelete(id, &l)
+	err := g.learnt(id, &l)
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
 		err = ErrUnknown
 	}
@@ -67,4 +69,13 @@ func (g *Guard) Learnt(id uint64) (*profile.Lesson, error) {
 		}
 	}
 	return lesson, nil
+}
+
+func (g *Guard) learnt(id uint64, l *bpf.GuardLesson) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.maps.Lessons.LookupAndDelete(id, l); err != nil {
+		return err
+	}
+	return g.count(countLessons, -1)
 }
