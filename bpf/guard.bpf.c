@@ -49,7 +49,7 @@ enum reason {
 	QUOTA_TOKENS,
 	MAP_TYPE,	 // detail: a map type that is an attachment
 	LINK,		 // detail: the link's type
-	COMMAND,	 // detail: a bpf command
+	COMMAND,	 // detail: a bpf command; from bit 32 on the kind of target, KINDS if that isn't known
 	PERF_EVENT,	 // a program for a perf event
 	DESCRIPTOR,	 // a program's descriptor on its way out of the namespace
 	SLIP,		 // detail: the attach type; it was attached, the process is killed
@@ -131,6 +131,9 @@ struct slip {
 struct lesson {
 	u64 maps, programs, attachments; // bit per type
 	u64 helpers[4];
+	// Of programs that aren't so short that a library may just try the kernel out.
+	u64 long_programs, long_attachments;
+	u64 long_helpers[4];
 	u64 map_bytes; // the most that there was
 	u32 programs_at_once, maps_at_once;
 	u32 commands; // bit per command that looks at a token
@@ -188,6 +191,15 @@ struct {
 	__type(key, u32);
 	__type(value, struct usage);
 } users SEC(".maps");
+
+// How many of a uid's lost events the daemon has told of, which is all it is for.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1 << 16);
+	__type(key, u32);
+	__type(value, u32);
+} told SEC(".maps");
 
 // By the kernel's pointer: a program's is its aux, as the program itself may be
 // moved while it is verified and compiled.
@@ -503,6 +515,7 @@ static always_inline bool take_bytes(u64 *count, u64 bytes, u64 max)
 // Learning.
 
 #define CHUNK 32
+#define SHORT 8 // instructions, of a program that a library may try the kernel out with
 
 struct scan {
 	u64 grant;
@@ -526,7 +539,7 @@ static always_inline void learn_reach(struct lesson *l, u32 kind, bool own)
 }
 
 // learn_call is a global function for the same reason as check_call.
-__attribute__((noinline)) int learn_call(u64 grant, u64 instruction)
+__attribute__((noinline)) int learn_call(u64 grant, u64 instruction, u32 len)
 {
 	struct lesson *l = lesson_of(grant);
 	u32 source = instruction >> 12 & 0xf;
@@ -534,8 +547,11 @@ __attribute__((noinline)) int learn_call(u64 grant, u64 instruction)
 
 	if (!l)
 		return 0;
-	if (source == 0 && id < 256)
+	if (source == 0 && id < 256) {
 		l->helpers[id >> 6 & 3] |= 1ULL << (id & 63);
+		if (len > SHORT)
+			l->long_helpers[id >> 6 & 3] |= 1ULL << (id & 63);
+	}
 	if (source != 2)
 		return 0;
 	if (instruction >> 16 & 0xffff) {
@@ -566,7 +582,7 @@ static int learn_chunk(u32 index, struct scan *s)
 		return 1;
 	for (u32 i = 0; i < CHUNK; i++)
 		if ((chunk[i] & 0xff) == 0x85) // a call
-			learn_call(s->grant, chunk[i]);
+			learn_call(s->grant, chunk[i], s->len);
 	return 0;
 }
 
@@ -867,6 +883,10 @@ int prog_descriptor(u64 *ctx)
 		if (l) {
 			l->programs |= 1ULL << (prog->type & 63);
 			l->attachments |= 1ULL << (prog->expected_attach_type & 63);
+			if (prog->len > SHORT) {
+				l->long_programs |= 1ULL << (prog->type & 63);
+				l->long_attachments |= 1ULL << (prog->expected_attach_type & 63);
+			}
 		}
 		e = new_event(o->grant, o->owner, LOADED, 0);
 		if (e) {
@@ -1526,6 +1546,7 @@ static __attribute__((noinline)) int judge_command(u64 *ctx)
 			return learn_own(attach.program, KINDS);
 		if (may_update(attach.target, attach.program))
 			return 0;
+		kind = KINDS;
 		break;
 	case CMD_PROG_ATTACH:
 	case CMD_PROG_DETACH:
@@ -1546,11 +1567,12 @@ static __attribute__((noinline)) int judge_command(u64 *ctx)
 				return 0;
 			return learn_own(attach.target, INTERFACES);
 		}
+		kind = INTERFACES;
 		break;
 	default:
 		return 0;
 	}
-	return refuse(0, owner, COMMAND, cmd);
+	return refuse(0, owner, COMMAND, cmd | (u64)kind << 32);
 }
 
 #define JUDGED (1 << CMD_PROG_ATTACH | 1 << CMD_PROG_DETACH | 1 << CMD_PROG_TEST_RUN | \

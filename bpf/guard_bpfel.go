@@ -58,20 +58,23 @@ type GuardGrant struct {
 }
 
 type GuardLesson struct {
-	_              structs.HostLayout
-	Maps           uint64
-	Programs       uint64
-	Attachments    uint64
-	Helpers        [4]uint64
-	MapBytes       uint64
-	ProgramsAtOnce uint32
-	MapsAtOnce     uint32
-	Commands       uint32
-	Reach          [3]uint8
-	ModuleKfuncs   uint8
-	KfuncCount     uint32
-	Kfuncs         [128]uint32
-	Unused         uint32
+	_               structs.HostLayout
+	Maps            uint64
+	Programs        uint64
+	Attachments     uint64
+	Helpers         [4]uint64
+	LongPrograms    uint64
+	LongAttachments uint64
+	LongHelpers     [4]uint64
+	MapBytes        uint64
+	ProgramsAtOnce  uint32
+	MapsAtOnce      uint32
+	Commands        uint32
+	Reach           [3]uint8
+	ModuleKfuncs    uint8
+	KfuncCount      uint32
+	Kfuncs          [128]uint32
+	Unused          uint32
 }
 
 type GuardObject struct {
@@ -121,6 +124,7 @@ const (
 	GuardMapProtected        = "protected"
 	GuardMapRoots            = "roots"
 	GuardMapTokens           = "tokens"
+	GuardMapTold             = "told"
 	GuardMapUsages           = "usages"
 	GuardMapUsers            = "users"
 	GuardProgCgroupAttach    = "cgroup_attach"
@@ -243,6 +247,7 @@ type GuardMapSpecs struct {
 	Protected    *ebpf.MapSpec `ebpf:"protected"`
 	Roots        *ebpf.MapSpec `ebpf:"roots"`
 	Tokens       *ebpf.MapSpec `ebpf:"tokens"`
+	Told         *ebpf.MapSpec `ebpf:"told"`
 	Usages       *ebpf.MapSpec `ebpf:"usages"`
 	Users        *ebpf.MapSpec `ebpf:"users"`
 }
@@ -295,6 +300,7 @@ type GuardMaps struct {
 	Protected    *ebpf.Map `ebpf:"protected"`
 	Roots        *ebpf.Map `ebpf:"roots"`
 	Tokens       *ebpf.Map `ebpf:"tokens"`
+	Told         *ebpf.Map `ebpf:"told"`
 	Usages       *ebpf.Map `ebpf:"usages"`
 	Users        *ebpf.Map `ebpf:"users"`
 }
@@ -312,6 +318,7 @@ func (m *GuardMaps) Close() error {
 		m.Protected,
 		m.Roots,
 		m.Tokens,
+		m.Told,
 		m.Usages,
 		m.Users,
 	)

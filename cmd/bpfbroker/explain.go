@@ -59,8 +59,11 @@ func explanation(id string, e *client.Explanation) string {
 	}
 	for _, d := range e.Denials {
 		about := []string{d.Event.Reason}
-		if id == "" && d.Event.Grant != "" {
+		switch {
+		case id == "" && d.Event.Grant != "":
 			about = append(about, "grant "+d.Event.Grant)
+		case id != "" && d.Event.Grant == "":
+			about = append(about, "perhaps of another grant")
 		}
 		if d.Event.Program != "" {
 			about = append(about, "for "+d.Event.Program)

@@ -37,6 +37,12 @@ func init() {
 // tested with. It loads no other.
 var guestModules = []string{"virtio_blk", "overlay", "veth"}
 
+// maskedUnits have nothing to do in a machine, or make a container what this is.
+var maskedUnits = []string{
+	"getty@tty1.service", "machine-mounts.service", "modprobe@configfs.service", "modprobe@drm.service", "modprobe@efi_pstore.service",
+	"netavark-dhcp-proxy.socket", "netavark-dhcp-proxy.service",
+}
+
 // agentUnit is the agent's, whose commands are in a group of their own.
 const agentUnit = `[Unit]
 Description=Agent for commands from outside
@@ -114,8 +120,7 @@ func (m *Machine) emulate(ctx context.Context, options Options, ready chan<- err
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-nic", "none",
 		"-accel", "tcg", "-cpu", "max,-cx16", "-smp", "1", "-m", "2048",
 		"-kernel", kernel.Path, "-initrd", "/dev/fd/3",
-		"-append", "console=ttyS0 quiet panic=-1 oops=panic slab_debug=F,kmalloc-* systemd.getty_auto=no systemd.mask=getty@tty1.service "+
-			"systemd.mask=machine-mounts.service", // which makes a container what this is
+		"-append", "console=ttyS0 quiet panic=-1 oops=panic slab_debug=F,kmalloc-* systemd.getty_auto=no systemd.mask="+strings.Join(maskedUnits, " systemd.mask="),
 		"-serial", "file:/dev/stdout",
 		"-drive", "if=virtio,format=raw,readonly=on,file=/dev/fd/4",
 		"-drive", "if=virtio,format=raw,readonly=on,file="+installed,
@@ -240,6 +245,9 @@ func installGuest(root, guest string) error {
 		{"usr/local/libexec/machine-guest", 0o755, program},
 		{"etc/systemd/system/machine-agent.service", 0o644, []byte(agentUnit)},
 		{"etc/systemd/system/systemd-logind.service.d/machine.conf", 0o644, []byte(logindUnit)},
+		// The first boot would take ten seconds more.
+		{"etc/.updated", 0o644, nil},
+		{"var/.updated", 0o644, nil},
 	} {
 		path := filepath.Join(root, file.path)
 		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, file.data, file.mode)); err != nil {

@@ -134,6 +134,13 @@ func wordsOf(t *testing.T, answer string) []string {
 	return all
 }
 
+// journalEnd is where the broker's records end, for records.
+func journalEnd(t *testing.T) string {
+	t.Helper()
+	_, cursor, _ := strings.Cut(strings.TrimSpace(must(t, "root", "journalctl --sync; journalctl --unit=bpfbroker.service --lines=0 --show-cursor")), "-- cursor: ")
+	return cursor
+}
+
 // records gives the broker's fields in the journal behind a cursor, without what
 // differs from one grant and process to the next.
 func records(t *testing.T, cursor string) []map[string]string {
@@ -261,7 +268,7 @@ func TestEveryVerbOnBothFronts(t *testing.T) {
 						command = strings.ReplaceAll(command, "GRANT", id)
 					}
 				}
-				_, cursor, _ := strings.Cut(strings.TrimSpace(must(t, "root", "journalctl --sync; journalctl --unit=bpfbroker.service --lines=0 --show-cursor")), "-- cursor: ")
+				cursor := journalEnd(t)
 				r := run(t, test.user, command)
 				parse := f.parse
 				if strings.HasPrefix(command, "token-client") {

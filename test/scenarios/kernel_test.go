@@ -9,6 +9,7 @@ package scenarios
 const (
 	kernel = "7.2" // what the machine runs
 	slow   = 5     // how many times as long things take as on a real machine
+	share  = 20    // of what is done many times, one in so many is done here
 	// machineRules lets alice have the profiles "basic" and "network".
 	machineRules = "10-bpf-group.rules"
 )

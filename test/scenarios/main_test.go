@@ -72,6 +72,7 @@ type result struct {
 // run runs a shell command as a user of the machine.
 func run(t *testing.T, user, command string) result {
 	t.Helper()
+	touched = true
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 2*time.Minute) // cleanups run commands too
 	defer cancel()
 	cmd := machine.Command(ctx, user, "bash", "-c", command)
@@ -116,6 +117,7 @@ func exitCode(t *testing.T, err error) int {
 // login gives a user a session at the machine's seat until the test's end.
 func login(t *testing.T, user string) *machines.Session {
 	t.Helper()
+	touched = true
 	session, err := machine.Login(t.Context(), user)
 	if err != nil {
 		t.Fatal(err)
@@ -190,6 +192,7 @@ func eventually(t *testing.T, what string, is func() bool) {
 // waits for what it prints first.
 func start(t *testing.T, user, command string) (cmd *exec.Cmd, first string) {
 	t.Helper()
+	touched = true
 	// The test's own context ends before its cleanups.
 	cmd = machine.Command(context.WithoutCancel(t.Context()), user, "bash", "-c", command)
 	stdin, err := cmd.StdinPipe()
@@ -225,36 +228,45 @@ type traces struct {
 
 // look counts the traces in the machine: mounts of BPF file systems, in whatever
 // namespace, the daemon's descriptors and helper processes, the ledger, and what
-// the guard knows.
+// the guard knows. The daemon runs then, and has asked polkit.
 func look(t *testing.T) (n traces) {
 	t.Helper()
-	run(t, "alice", "bpfbroker check") // the daemon runs, and has asked polkit
-	counts := must(t, "root", `
-cat /proc/[0-9]*/mountinfo 2>/dev/null | grep ' - bpf ' | cut -d' ' -f1 | sort -u | wc -l
-ls /proc/$(systemctl show -P MainPID bpfbroker.service)/fd | wc -l
-wc -l </sys/fs/cgroup/system.slice/bpfbroker.service/cgroup.procs
-ls /run/bpfbroker/grants | wc -l
+	counts := must(t, "root", `shopt -s nullglob
+setpriv --reuid alice --regid alice --init-groups bpfbroker --no-ask-password list --all >/dev/null 2>&1
+grep -hs ' - bpf ' /proc/[0-9]*/mountinfo | sort -u -k 1,1 | wc -l
+files=(/proc/$(systemctl show -P MainPID bpfbroker.service)/fd/*); echo ${#files[@]}
+mapfile processes </sys/fs/cgroup/system.slice/bpfbroker.service/cgroup.procs; echo ${#processes[@]}
+rows=(/run/bpfbroker/grants/*); echo ${#rows[@]}
 bpftool map dump pinned /sys/fs/bpf/bpfbroker/guard/maps/grants 2>/dev/null | grep -c '"key"' || true`)
 	if _, err := fmt.Sscan(counts, &n.mounts, &n.files, &n.processes, &n.rows, &n.guarded); err != nil {
 		t.Fatalf("%v: %s", err, counts)
 	}
+	touched = false
 	return n
 }
+
+var (
+	// touched says that something was done since the last look, which was seen.
+	touched = true
+	seen    traces
+)
 
 // leavesNothing checks that a test, and what it did to the daemon, leaves no
 // more behind than there was.
 func leavesNothing(t *testing.T) {
 	t.Helper()
-	before := look(t)
+	if touched {
+		seen = look(t)
+	}
+	before := seen
 	t.Cleanup(func() {
-		var after traces
 		for range 100 {
-			after = look(t)
-			if after.mounts <= before.mounts && after.files <= before.files && after.processes <= before.processes && after.rows <= before.rows && after.guarded <= before.guarded {
+			seen = look(t)
+			if seen.mounts <= before.mounts && seen.files <= before.files && seen.processes <= before.processes && seen.rows <= before.rows && seen.guarded <= before.guarded {
 				return
 			}
-			time.Sleep(100 * time.Millisecond)
+			time.Sleep(slow * 100 * time.Millisecond)
 		}
-		t.Errorf("left behind: before %+v, after %+v", before, after)
+		t.Errorf("left behind: before %+v, after %+v", before, seen)
 	})
 }

@@ -41,7 +41,12 @@ func denial(e guard.Event) (what, setting string) {
 	case guard.Link:
 		return fmt.Sprintf("a link of type %d beyond what the profile lets programs be attached to", e.Detail), "[Attach]"
 	case guard.Command:
-		return fmt.Sprintf("%s beyond what the profile lets programs be attached to", profile.CommandName(e.Detail)), "[Attach]"
+		command, kind := e.CommandKind()
+		setting := "[Attach]"
+		if kind != guard.AnyKind {
+			setting += " " + attachKeys[kind] + "="
+		}
+		return fmt.Sprintf("%s beyond what the profile lets programs be attached to", profile.CommandName(command)), setting
 	case guard.PerfEvent:
 		return "a program for a perf event", "[Attach] Processes="
 	case guard.Descriptor:
@@ -53,6 +58,9 @@ func denial(e guard.Event) (what, setting string) {
 	}
 	return e.Reason.String(), ""
 }
+
+// attachKeys are the keys of [Attach].
+var attachKeys = [...]string{guard.Interfaces: "Interfaces", guard.Cgroups: "Cgroups", guard.Processes: "Processes"}
 
 // capabilityName is the name of a capability that has to do with BPF.
 func capabilityName(number uint64) string {

@@ -19,7 +19,8 @@ type Explanation struct {
 	Profile string
 	// Ended says that the grant has ended.
 	Ended bool
-	// Denials are the last ones that are remembered, the last one last.
+	// Denials are the last ones that are remembered, the last one last. Those of
+	// which the guard couldn't tell which of the owner's grants it was are in each.
 	Denials []Denial
 	// Withheld is what the grant hasn't got: the kernel refuses it by itself, and
 	// nobody hears of that.
@@ -66,6 +67,9 @@ func (b *Broker) refused(c Caller, profileName string, e *Error) {
 // guardDenial is what is remembered of a denial by the guard.
 func (b *Broker) guardDenial(g guard.Event, e Event) Denial {
 	d := Denial{Event: e, Allow: e.Setting}
+	if g.Reason == guard.Command {
+		d.Allow = allowCommand(g)
+	}
 	if p, ok := b.history.grant(e.Grant); ok {
 		d.Allow = allow(g, p.rights)
 	}
@@ -127,15 +131,28 @@ func allow(e guard.Event, r *profile.Rights) string {
 		}
 		return fmt.Sprintf("%s%d or more", setting, e.Detail+1)
 	case guard.MapType:
-		return "[Attach] Processes=any"
+		_, setting := denial(e)
+		return setting + "any"
 	case guard.Link:
 		return reach(linkTarget(e.Detail), r.Attach)
 	case guard.PerfEvent:
 		return "[Attach] Processes=any"
-	case guard.Command:
-		return "any for what it was to be attached to, in [Attach]"
 	}
 	return ""
+}
+
+// allowCommand is allow for a command that isn't any known grant's.
+func allowCommand(e guard.Event) string {
+	command, kind := e.CommandKind()
+	switch kind {
+	case guard.Interfaces:
+		return "[Attach] Interfaces=own in a network namespace of the user's own, any elsewhere"
+	case guard.Cgroups:
+		return "[Attach] Cgroups=any; or with own, BPF_LINK_CREATE"
+	case guard.Processes:
+		return "[Attach] Processes=any"
+	}
+	return fmt.Sprintf("%s needs any for all that the profile's programs are attached to, in [Attach]", profile.CommandName(command))
 }
 
 // inList is how a name gets allowed that a list doesn't.

@@ -263,15 +263,11 @@ func (b *Broker) guardSays(g guard.Event) {
 // lostTime is how long after an event the guard is asked for those that it lost.
 const lostTime = time.Second
 
-// countLost tells of events that the guard had no room for. That happens to none
-// but those who cause many, so there was an event before.
+// countLost tells of events that the guard had no room for: of those before the
+// daemon began, and then after others, for that happens to none but those who cause
+// many.
 func (b *Broker) countLost(ctx context.Context) {
 	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-b.guard.stirred:
-		}
 		select {
 		case <-ctx.Done():
 			return
@@ -280,11 +276,15 @@ func (b *Broker) countLost(ctx context.Context) {
 		lost, err := b.guard.Lost()
 		if err != nil {
 			slog.Error("cannot count the events that the guard lost", "error", err)
-			continue
 		}
 		for owner, n := range lost {
 			journal.EventsLost.Log(ctx, slog.Uint64(journal.KeyTarget, uint64(owner)), slog.Int(journal.KeyLost, n))
 			b.monitors.tell(Event{Time: time.Now(), Kind: KindLost, Owner: owner, Lost: n, Reason: "the guard saw too many of this user's"})
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-b.guard.stirred:
 		}
 	}
 }

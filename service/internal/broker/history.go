@@ -112,11 +112,13 @@ func (h *history) deny(d Denial) {
 	h.denied[d.Owner] = append(list, d)
 }
 
-// denials returns those of a user's, of one grant or, if that is 0, of all and of
-// what was no grant's.
+// denials returns those of a user's: of one grant, and of what may be its; or, if
+// id is 0, of all and of what was no grant's.
 func (h *history) denials(owner uint32, id grant.ID) []Denial {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	list := slices.Clone(h.denied[owner])
-	return slices.DeleteFunc(list, func(d Denial) bool { return id != 0 && d.Grant != id })
+	return slices.DeleteFunc(list, func(d Denial) bool {
+		return id != 0 && d.Grant != id && (d.Grant != 0 || d.Kind != KindDenied)
+	})
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/bpfbroker/bpfbroker/service/internal/guard"
 )
@@ -43,6 +44,7 @@ func (b *Broker) learn(ctx context.Context, c Caller, id string, ready func() er
 	if _, err := b.ledger.Get(g.ID); err != nil {
 		return "", err
 	}
+	began := time.Now()
 	err = b.guard.Learn(uint64(g.ID))
 	if errors.Is(err, guard.ErrLearning) {
 		return "", &Error{Name: "Busy", Reason: fmt.Sprintf("cannot learn from %s: somebody does so already", g.ID), Layer: "guard", Remedy: "wait for that to end"}
@@ -62,7 +64,9 @@ func (b *Broker) learn(ctx context.Context, c Caller, id string, ready func() er
 		var remarks strings.Builder
 		fmt.Fprintf(&remarks, "# What grant %s of the profile %s was used for.\n", g.ID, g.Profile)
 		for _, d := range b.named(b.history.denials(p.owner, g.ID)) {
-			fmt.Fprintf(&remarks, "# It was refused, and so may be missing here: %s\n", d.Reason)
+			if d.Time.After(began) {
+				fmt.Fprintf(&remarks, "# It was refused, and so may be missing here: %s\n", d.Reason)
+			}
 		}
 		text = remarks.String() + lesson.Text(g.Lease())
 	}()

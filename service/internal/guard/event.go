@@ -36,7 +36,7 @@ const (
 	QuotaTokens                     // 0
 	MapType                         // a map type that attaches programs
 	Link                            // the link's type
-	Command                         // the bpf command, of a caller whose grant isn't known
+	Command                         // the bpf command, of a caller whose grant isn't known; see CommandKind
 	PerfEvent                       // 0
 	Descriptor                      // 0; a program's descriptor leaving its namespace
 	Slip                            // the attach type; a program was attached, the process killed
@@ -76,6 +76,23 @@ type Event struct {
 	// Of a Slip that isn't a control group's: the number of the network namespace,
 	// and there the interface's, or 0.
 	Network, Interface uint32
+}
+
+// Kind is a kind of targets of [Attach].
+type Kind int
+
+// The kinds. AnyKind is where it isn't known which.
+const (
+	Interfaces Kind = iota
+	Cgroups
+	Processes
+	AnyKind
+)
+
+// CommandKind splits the Detail of a Command into the bpf command and the kind of
+// target that it was for.
+func (e Event) CommandKind() (command uint64, kind Kind) {
+	return e.Detail & 0xffffffff, Kind(e.Detail >> 32)
 }
 
 // Events calls what for each event until the context ends, and returns nil

@@ -207,8 +207,17 @@ func (g *Guard) forget(id uint64) error {
 		if err := g.countLost(owner); err != nil {
 			return err
 		}
-		delete(g.lostBefore, owner)
-		if err := g.maps.Users.Delete(owner); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		if err := g.forgetUser(owner); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// forgetUser removes what is counted of an owner who has no grant.
+func (g *Guard) forgetUser(owner uint32) error {
+	for _, m := range []*ebpf.Map{g.maps.Told, g.maps.Users} { // in this order: nobody has been told of what is counted anew
+		if err := m.Delete(owner); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return err
 		}
 	}
@@ -275,7 +284,7 @@ func (g *Guard) readOwners() error {
 		return fmt.Errorf("cannot read the guard's users: %w", err)
 	}
 	for _, owner := range idle {
-		_ = g.maps.Users.Delete(owner)
+		_ = g.forgetUser(owner)
 	}
 	return nil
 }
@@ -311,8 +320,8 @@ func (g *Guard) Usage(id uint64) (Usage, error) { return usageOf(g.maps.Usages, 
 // UserUsage returns what exists by all grants of an owner.
 func (g *Guard) UserUsage(owner uint32) (Usage, error) { return usageOf(g.maps.Users, owner) }
 
-// Lost returns how many events of each owner were lost since it was last asked.
-// The first time it is since the owner's first grant.
+// Lost returns how many events of each owner were lost since it was last asked, by
+// this daemon or an earlier one.
 func (g *Guard) Lost() (map[uint32]int, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -326,7 +335,8 @@ func (g *Guard) Lost() (map[uint32]int, error) {
 	return lost, nil
 }
 
-// countLost adds to lost what an owner lost since it was called last.
+// countLost adds to lost what an owner lost since it was called last, which the
+// kernel keeps: daemons come and go.
 func (g *Guard) countLost(owner uint32) error {
 	usage, err := g.UserUsage(owner)
 	if errors.Is(err, ErrUnknown) {
@@ -335,10 +345,18 @@ func (g *Guard) countLost(owner uint32) error {
 	if err != nil {
 		return err
 	}
-	if more := usage.Lost - g.lostBefore[owner]; more > 0 {
-		g.lost[owner] += more
-		g.lostBefore[owner] = usage.Lost
+	var told uint32
+	if err := g.maps.Told.Lookup(owner, &told); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("cannot read what was told of: %w", err)
 	}
+	more := usage.Lost - int(told)
+	if more <= 0 {
+		return nil
+	}
+	if err := g.maps.Told.Put(owner, uint32(usage.Lost)); err != nil {
+		return fmt.Errorf("cannot note what was told of: %w", err)
+	}
+	g.lost[owner] += more
 	return nil
 }
 

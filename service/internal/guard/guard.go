@@ -39,9 +39,9 @@ type Guard struct {
 	// owners are the grants of each uid.
 	owners map[uint32]map[uint64]bool
 	// lost are the events that were lost of each owner and that nobody has been
-	// told of, and lostBefore those that the kernel had counted then.
-	lost, lostBefore map[uint32]int
-	kfuncs           map[string]btf.TypeID
+	// told of.
+	lost   map[uint32]int
+	kfuncs map[string]btf.TypeID
 }
 
 // Unavailable is the error of Open where the kernel can't have the guard.
@@ -75,7 +75,7 @@ func Open(dir string) (_ *Guard, err error) {
 	if err := refused(); err != nil {
 		return nil, unavailable(err)
 	}
-	g := &Guard{owners: map[uint32]map[uint64]bool{}, lost: map[uint32]int{}, lostBefore: map[uint32]int{}, kfuncs: map[string]btf.TypeID{}}
+	g := &Guard{owners: map[uint32]map[uint64]bool{}, lost: map[uint32]int{}, kfuncs: map[string]btf.TypeID{}}
 	_, statErr := os.Stat(dir)
 	created := errors.Is(statErr, fs.ErrNotExist)
 	defer func() {

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -748,6 +749,72 @@ func denying() *profile.Profile {
 	return p
 }
 
+// While nobody reads them, events fill their buffer. From then on they are counted,
+// also those of who causes few.
+func TestEventsUnread(t *testing.T) {
+	g := open(t)
+	const first, crowd, quiet = 3000, 20, 4000 // uids
+	denied := func(uid int) *testtarget.Process {
+		target := testtarget.NewWith(t, uid, unix.CLONE_NEWUSER|unix.CLONE_NEWNS, testtarget.Root)
+		lastID++
+		id := lastID
+		mount := filesystem(t, target, uint32(uid))
+		if err := g.Bind(id, mount, Limits{Profile: denying(), Owner: uint32(uid)}); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			_, _, _ = target.Do("dropall", nil)
+			release(t, id)
+		})
+		if _, _, err := target.Do("token", nil, mount); err != nil {
+			t.Fatal(err)
+		}
+		return target
+	}
+	var loud []*testtarget.Process
+	for i := range crowd {
+		loud = append(loud, denied(first+i))
+		loud[i].Must("hammer", loading(forbidden)...)
+	}
+	target := denied(quiet)
+	denials, lost := 0, 0
+	for end := time.Now().Add(2 * time.Minute); lost == 0; time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the buffer isn't full")
+		}
+		expect(t, target, unix.EPERM, "load", loading(forbidden))
+		denials++
+		usage, err := g.UserUsage(quiet)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lost = usage.Lost
+	}
+	for _, p := range loud {
+		if got := p.Must("cease"); got != "0" {
+			t.Errorf("%s programs were loaded", got)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var told atomic.Int32
+	ended := make(chan error)
+	go func() {
+		ended <- g.Events(ctx, func(e Event) {
+			if e.Owner == quiet {
+				told.Add(1)
+			}
+		})
+	}()
+	testtarget.Eventually(t, "those that there was room for are told", func() bool { return int(told.Load())+lost == denials })
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if all, err := g.Lost(); err != nil || all[quiet] != lost || all[first] == 0 {
+		t.Errorf("got %v, %v, want %d of the quiet one", all, err, lost)
+	}
+}
+
 func TestEvents(t *testing.T) {
 	g := open(t)
 	target := testtarget.New(t, testtarget.Alice)
@@ -800,7 +867,10 @@ func TestEvents(t *testing.T) {
 	if err != nil || usage.Lost == 0 {
 		t.Errorf("got %+v, %v", usage, err)
 	}
-	for _, want := range []int{usage.Lost, 0} {
+	for i, want := range []int{usage.Lost, 0, 0} {
+		if i == 2 {
+			g = open(t) // as the next daemon does, who tells nothing twice
+		}
 		if lost, err := g.Lost(); err != nil || lost[testtarget.Alice] != want {
 			t.Errorf("got %v, %v, want %d", lost, err, want)
 		}
@@ -894,7 +964,7 @@ func TestNothingLeft(t *testing.T) {
 		release(t, id)
 	}
 	for name, m := range map[string]*ebpf.Map{
-		"grants": g.maps.Grants, "usages": g.maps.Usages, "users": g.maps.Users,
+		"grants": g.maps.Grants, "usages": g.maps.Usages, "users": g.maps.Users, "told": g.maps.Told,
 		"tokens": g.maps.Tokens, "objects": g.maps.Objects, "protected": g.maps.Protected,
 	} {
 		key, err := m.NextKeyBytes(nil)

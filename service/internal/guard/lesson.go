@@ -50,9 +50,16 @@ func (g *Guard) Learnt(id uint64) (*profile.Lesson, error) {
 			Interfaces: profile.Reach(l.Reach[0]), Cgroups: profile.Reach(l.Reach[1]), Processes: profile.Reach(l.Reach[2]),
 		},
 	}
+	lesson.Short.Programs = profile.Mask(l.Programs &^ l.LongPrograms)
+	lesson.Short.Attachments = profile.Mask(l.Attachments &^ l.LongAttachments)
 	for i, name := range profile.HelperNames() {
-		if id := i + 1; l.Helpers[id/64]&(1<<(id%64)) != 0 {
-			lesson.Helpers = append(lesson.Helpers, name)
+		word, bit := (i+1)/64, uint64(1)<<((i+1)%64)
+		if l.Helpers[word]&bit == 0 {
+			continue
+		}
+		lesson.Helpers = append(lesson.Helpers, name)
+		if l.LongHelpers[word]&bit == 0 {
+			lesson.Short.Helpers = append(lesson.Short.Helpers, name)
 		}
 	}
 	if l.KfuncCount == 0 {

@@ -39,6 +39,15 @@ func TestLesson(t *testing.T) {
 			expect(t, p, 0, "load", loading(program{Type: typeSocketFilter, Instructions: []uint64{helper(7), zero, exit}}))
 			expect(t, p, 0, "dropall", nil)
 		}, profile.Lesson{Commands: 1 << 5, Programs: 1 << typeSocketFilter, Attachments: 1, Helpers: []string{"ktime_get_ns", "get_prandom_u32"}, MaxPrograms: 2}},
+		"a long program": {both, func(p *testtarget.Process) {
+			expect(t, p, 0, "load", loading(program{Type: typeSocketFilter, Instructions: []uint64{helper(5), zero, zero, zero, zero, zero, zero, zero, exit}}))
+			expect(t, p, 0, "load", loading(program{Type: typeSocketFilter, Instructions: []uint64{helper(7), zero, exit}}))
+			expect(t, p, 0, "load", loading(simple[typeXDP]))
+			expect(t, p, 0, "dropall", nil)
+		}, profile.Lesson{
+			Commands: 1 << 5, Programs: 1<<typeSocketFilter | 1<<typeXDP, Attachments: 1 | 1<<attachXDP, Helpers: []string{"ktime_get_ns", "get_prandom_u32"}, MaxPrograms: 3,
+			Short: profile.Short{Programs: 1 << typeXDP, Attachments: 1 << attachXDP, Helpers: []string{"get_prandom_u32"}},
+		}},
 		"its own interfaces": {both | unix.CLONE_NEWNET, func(p *testtarget.Process) {
 			expect(t, p, 0, "load", loading(simple[typeXDP]))
 			expect(t, p, 0, "link", []string{"1", strconv.Itoa(attachXDP)})
@@ -84,6 +93,9 @@ func TestLesson(t *testing.T) {
 			got, err := g.Learnt(id)
 			if err != nil {
 				t.Fatal(err)
+			}
+			if name != "a long program" { // all are short
+				test.want.Short = profile.Short{Programs: test.want.Programs, Attachments: test.want.Attachments, Helpers: test.want.Helpers}
 			}
 			if diff := cmp.Diff(&test.want, got); diff != "" {
 				t.Error(diff)

@@ -22,7 +22,18 @@ type Lesson struct {
 	MaxMapBytes          uint64
 	// Attach is how far it was from what was attached to.
 	Attach Attach
+	Short  Short
 }
+
+// Short is what only programs of at most shortProgram instructions had: libraries
+// try the kernel out with such, and do without what fails.
+type Short struct {
+	Programs, Attachments Mask
+	Helpers               []string
+}
+
+// shortProgram is SHORT of guard.bpf.c.
+const shortProgram = 8
 
 const (
 	// noHelper is a helper that does nothing for whoever may call it: an empty
@@ -53,23 +64,41 @@ func (l *Lesson) Text(lease time.Duration) string {
 			line("%s=%s", key, strings.Join(some, " "))
 		}
 	}
+	// spare says which of a line's words may be there for a library's tries alone.
+	spare := func(names []string) {
+		for some := range slices.Chunk(names, perLine) {
+			line("# Perhaps not needed: %s", strings.Join(some, " "))
+		}
+	}
+	if l.Short.Programs|l.Short.Attachments != 0 || len(l.Short.Helpers) > 0 {
+		line("# \"Perhaps not needed\" is what programs of at most %d instructions alone had:\n# libraries try the kernel out with such, and do without what fails.", shortProgram)
+	}
 	line("[Profile]")
 	if lease > 0 {
 		line("Lease=%d", int(lease.Seconds()))
 	}
 	line("\n[Delegate]")
+	if l.Commands&commands.mask("btf_load") != 0 && len(l.Kfuncs) == 0 {
+		spare([]string{"btf_load"})
+	}
 	list("Commands", CommandNames(l.Commands))
 	list("Maps", MapNames(l.Maps))
+	spare(ProgramNames(l.Short.Programs))
 	list("Programs", ProgramNames(l.Programs))
 	attachments := l.Attachments
 	if l.Programs&zeroSenders != 0 {
 		attachments &^= 1 // said by the programs
 	}
+	spare(AttachmentNames(attachments & l.Short.Attachments))
 	list("Attachments", AttachmentNames(attachments))
 
 	line("\n[Guard]")
-	list("Capabilities", l.capabilities())
+	capabilities := l.capabilities()
+	needed := l.long().capabilities()
+	spare(slices.DeleteFunc(slices.Clone(capabilities), func(c string) bool { return slices.Contains(needed, c) }))
+	list("Capabilities", capabilities)
 	if l.Programs != 0 {
+		spare(l.Short.Helpers)
 		l.calls(line, list)
 	}
 	// The kernel frees what was closed some time later: another run may have more
@@ -116,6 +145,15 @@ func (l *Lesson) calls(line func(string, ...any), list func(string, []string)) {
 	}
 }
 
+// long is the lesson without what is perhaps not needed.
+func (l *Lesson) long() *Lesson {
+	return &Lesson{
+		Maps: l.Maps, Programs: l.Programs &^ l.Short.Programs,
+		Helpers: slices.DeleteFunc(slices.Clone(l.Helpers), func(h string) bool { return slices.Contains(l.Short.Helpers, h) }),
+	}
+}
+
+// capabilities are those that the maps, programs and helpers need.
 func (l *Lesson) capabilities() []string {
 	names := (&Profile{Maps: l.Maps, Programs: l.Programs}).AmbientCapabilities()
 	if !slices.Contains(names, capPerfmon) && slices.ContainsFunc(l.Helpers, func(h string) bool { return slices.Contains(perfmonHelpers, h) }) {

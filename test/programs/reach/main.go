@@ -9,6 +9,9 @@
 //	reach tracepoint NAME     attach a program to a raw tracepoint
 //	reach helper NAME         load a program that calls a helper without arguments
 //	reach kernel              load a program that reads the kernel's memory
+//	reach samples             attach a program to a clock of one's own
+//	reach denied N            load a program that calls a helper N times, print how
+//	                          often that was refused
 //	reach maps N              make N arrays of 4 KiB, print how many there could be
 //	reach programs N          load N programs, print how many there could be
 //	reach hold                load a program again and again, until standard input
@@ -26,6 +29,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 )
 
 func main() {
@@ -63,6 +67,10 @@ func run(verb string, args []string) error {
 			asm.Mov.Imm(asm.R3, 0),
 			asm.FnProbeReadKernel.Call())
 		return err
+	case len(args) == 0 && verb == "samples":
+		return samples()
+	case len(args) == 1 && verb == "denied":
+		return denied(args[0])
 	case len(args) == 1 && (verb == "maps" || verb == "programs"):
 		return many(verb, args[0])
 	case len(args) == 0 && verb == "hold":
@@ -105,6 +113,47 @@ func attached(l link.Link, err error) error {
 	}
 	fmt.Println("attached")
 	return l.Close()
+}
+
+// samples attaches a program to samples of this process's own time.
+func samples() error {
+	p, err := program(ebpf.PerfEvent, ebpf.AttachNone)
+	if err != nil {
+		return err
+	}
+	event, err := unix.PerfEventOpen(&unix.PerfEventAttr{
+		Type: unix.PERF_TYPE_SOFTWARE, Config: unix.PERF_COUNT_SW_TASK_CLOCK, Size: unix.PERF_ATTR_SIZE_VER0,
+		Sample: 1_000_000, Bits: unix.PerfBitExcludeKernel | unix.PerfBitExcludeHv,
+	}, 0, -1, -1, unix.PERF_FLAG_FD_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("cannot open a perf event: %w", err)
+	}
+	if err := unix.IoctlSetInt(event, unix.PERF_EVENT_IOC_SET_BPF, p.FD()); err != nil {
+		return fmt.Errorf("cannot attach it: %w", err)
+	}
+	fmt.Println("attached")
+	return nil
+}
+
+func denied(number string) error {
+	n, err := strconv.Atoi(number)
+	if err != nil {
+		return err
+	}
+	refused := 0
+	for range n {
+		// Without a log it isn't tried twice.
+		p, err := ebpf.NewProgramWithOptions(&ebpf.ProgramSpec{
+			Type: ebpf.SocketFilter, License: "GPL", Instructions: asm.Instructions{asm.FnKtimeGetNs.Call(), asm.Return()},
+		}, ebpf.ProgramOptions{LogDisabled: true})
+		if err != nil {
+			refused++
+			continue
+		}
+		_ = p.Close()
+	}
+	fmt.Println(refused)
+	return nil
 }
 
 func many(verb, number string) error {
