@@ -174,6 +174,12 @@ test-kernels:
 	test/setup make clang e2fsprogs xz-utils qemu-system-x86
 	cd test/kernels && $(GO) test -count=1 -tags kernels -timeout 28m
 
+# All scenarios in an emulated system: "make test" leaves those with containers out
+# there, for the time that they take.
+test-systems:
+	test/setup make clang e2fsprogs xz-utils qemu-system-x86
+	$(GO) test -count=1 -tags kernels -timeout 60m ./test/scenarios
+
 demo:
 	test/setup make clang
 	$(GO) run ./test/demo
@@ -183,4 +189,4 @@ bench:
 	$(GO) run ./test/bench
 	$(GO) test -tags root -run '^$$' -bench . ./service/client/export
 
-.PHONY: all install install-programs generate check-generate check-objects uninstall clean check test test-kernels demo bench
+.PHONY: all install install-programs generate check-generate check-objects uninstall clean check test test-kernels test-systems demo bench

@@ -122,6 +122,18 @@ var ops = map[string]testtarget.Op{
 		_, err := call(8, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
 		return "", nil, err
 	},
+	// attempts N: tries as often to attach nothing to the root control group, and
+	// answers how often that was refused.
+	"attempts": func(args []string, _ []*os.File) (string, []*os.File, error) {
+		attr := struct{ target, program, kind, flags, replace uint32 }{kind: attachEgress}
+		refused := 0
+		for range number(args[0]) {
+			if _, err := call(8, unsafe.Pointer(&attr), unsafe.Sizeof(attr)); err == unix.EPERM {
+				refused++
+			}
+		}
+		return strconv.Itoa(refused), nil, nil
+	},
 	// ioctl EVENT: gives the last program to a perf event.
 	"ioctl": func(_ []string, files []*os.File) (string, []*os.File, error) {
 		return "", nil, unix.IoctlSetInt(int(files[0].Fd()), unix.PERF_EVENT_IOC_SET_BPF, last())
