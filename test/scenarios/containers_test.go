@@ -342,7 +342,7 @@ func TestContainerDevices(t *testing.T) {
 // A container engine that asks for many at once gets them all.
 func TestContainersAtOnce(t *testing.T) {
 	withContainers(t)
-	const n = 8
+	const n = max(4, 8/share)
 	must(t, "alice", "for i in {1.."+strconv.Itoa(n)+"}; do "+podmanRun+"--device bpfbroker.org/profile=network "+rootfs+"sh -c '"+load+"' & all+=($!); done; for p in ${all[@]}; do wait $p || exit 1; done")
 	if list := grants(t, "alice"); list != "" {
 		t.Errorf("there are grants: %s", list)

@@ -73,7 +73,7 @@ type result struct {
 func run(t *testing.T, user, command string) result {
 	t.Helper()
 	touched = true
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 2*time.Minute) // cleanups run commands too
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), (1+slow)*time.Minute) // cleanups run commands too
 	defer cancel()
 	cmd := machine.Command(ctx, user, "bash", "-c", command)
 	var out, err strings.Builder
