@@ -144,7 +144,7 @@ func (m *Machine) emulate(ctx context.Context, options Options, ready chan<- err
 	port.Close()
 	listener.Close()
 	helpers.Wait()
-	if ctx.Err() == nil {
+	if ctx.Err() == nil || cmd.ProcessState.Exited() { // and wasn't killed: whoever closes it may have come meanwhile
 		return errors.Join(fmt.Errorf("the test machine has ended by itself; its console says:\n%s", lastLines(m.console.String(), 60)), err)
 	}
 	return nil

@@ -223,6 +223,7 @@ func TestGuardStays(t *testing.T) {
 	h.says(t, "yes\n")
 	must(t, "alice", "bpfbroker revoke "+h.id)
 	h.says(t, "yes\nno\n")
+	must(t, "root", "systemctl restart bpfbroker.service") // who attaches the programs holds them, too
 }
 
 // Neither a user nor the root of a user's namespace gets at the guard's maps and

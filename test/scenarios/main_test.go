@@ -265,7 +265,7 @@ func leavesNothing(t *testing.T) {
 			if seen.mounts <= before.mounts && seen.files <= before.files && seen.processes <= before.processes && seen.rows <= before.rows && seen.guarded <= before.guarded {
 				return
 			}
-			time.Sleep(slow * 100 * time.Millisecond)
+			time.Sleep(slow * 200 * time.Millisecond)
 		}
 		t.Errorf("left behind: before %+v, after %+v", before, seen)
 	})

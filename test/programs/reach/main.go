@@ -187,7 +187,7 @@ func hold() {
 		os.Exit(0)
 	}()
 	said := ""
-	for ; ; time.Sleep(10 * time.Millisecond) {
+	for ; ; time.Sleep(50 * time.Millisecond) {
 		now := "yes"
 		p, err := program(ebpf.SocketFilter, ebpf.AttachNone)
 		if err == nil {
