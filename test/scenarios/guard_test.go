@@ -56,6 +56,11 @@ func hold(t *testing.T) holder {
 // says waits until all that it has said is that.
 func (h holder) says(t *testing.T, text string) {
 	t.Helper()
+	defer func() {
+		if got := h.String(); got != text {
+			t.Logf("it has said %q", got)
+		}
+	}()
 	eventually(t, fmt.Sprintf("it says %q", text), func() bool { return h.String() == text })
 }
 

@@ -353,7 +353,7 @@ systemctl reset-failed polkit.service; systemctl restart polkit.service`},
 func TestLostEvents(t *testing.T) {
 	leavesNothing(t)
 	offer(t, map[string]string{"strict": strings.Replace(strict, "~map_lookup_elem", "~ktime_get_ns", 1)})
-	const tries = 600
+	const tries = 400
 	_, first := start(t, "alice", fmt.Sprintf(`exec bpfbroker run -p strict -- bash -c 'echo ready; for go in /tmp/go-1 /tmp/go-2; do until test -e $go; do sleep 0.1; done; reach denied %d >$go.done; done; exec sleep 60'`, tries))
 	if first != "ready\n" {
 		t.Fatalf("got %q", first)
