@@ -158,12 +158,19 @@ func runSuite(t *testing.T, kernel, pkg string) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), suiteTime+time.Minute) // to boot
 	defer cancel()
-	output, code, err := machines.RunInKernel(ctx, image, map[string]string{
+	files := map[string]string{
 		"/suite":                  suite,
 		"/usr/libexec/bpfbrokerd": daemon,
 		// What the broker's tests publish, where they find it here.
 		"/catalog/testdata/kinds.bpf.o": "../../service/internal/catalog/testdata/kinds.bpf.o",
-	}, []string{"/suite", "-test.v", "-test.timeout=" + suiteTime.String()}, []string{"CI=true"})
+	}
+	if path.Base(pkg) == "guard" {
+		// What its tests attach to that Debian doesn't build into the kernel.
+		for _, module := range []string{"act_bpf", "cls_bpf", "sch_ingress"} {
+			files["/modules/"+module+".ko.xz"] = filepath.Join(image.Modules, "kernel/net/sched", module+".ko.xz")
+		}
+	}
+	output, code, err := machines.RunInKernel(ctx, image, files, []string{"/suite", "-test.v", "-test.timeout=" + suiteTime.String()}, []string{"CI=true"})
 	if err == nil && code != 0 {
 		err = fmt.Errorf("exit code %d", code)
 	}

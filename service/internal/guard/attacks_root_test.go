@@ -24,6 +24,7 @@ import (
 
 const (
 	mapDevmap     = 14
+	mapCPUMap     = 16
 	mapDevmapHash = 25
 )
 

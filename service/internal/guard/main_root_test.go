@@ -144,7 +144,7 @@ var ops = map[string]testtarget.Op{
 		_, err := call(9, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
 		return "", nil, err
 	},
-	"run": func([]string, []*os.File) (string, []*os.File, error) { return "", nil, testRun(uint32(last())) },
+	"run": func([]string, []*os.File) (string, []*os.File, error) { return "", nil, testRun(uint32(last()), 64) },
 	// pin PATH and get PATH, of the last program
 	"pin": func(args []string, _ []*os.File) (string, []*os.File, error) {
 		return "", nil, pin(last(), unix.AT_FDCWD, args[0])
@@ -327,6 +327,9 @@ type program struct {
 	Instructions []uint64
 	BTF          uint32
 	Flags        uint32
+	// Types and Target are descriptors: of typed's types, if the program is one
+	// of those functions, and of the program that it is for.
+	Types, Target uint32
 }
 
 // targetOf is the file that came along, or the first argument.
@@ -396,12 +399,23 @@ func load(p program) (int, error) {
 		name                  [16]byte
 		_                     uint32
 		attachType            uint32
-		_                     [9]uint32
+		types                 uint32
+		functionSize          uint32
+		functions             *[2]uint32
+		functionCount         uint32
+		_                     [4]uint32
 		attachBTF             uint32
-		_                     [8]uint32
+		target                uint32
+		_                     [7]uint32
 		token                 uint32
 		_                     uint32
-	}{kind: p.Type, count: uint32(len(p.Instructions)), instructions: (*byte)(unsafe.Pointer(&p.Instructions[0])), license: &license[0], attachType: p.Attach, attachBTF: p.BTF}
+	}{
+		kind: p.Type, count: uint32(len(p.Instructions)), instructions: (*byte)(unsafe.Pointer(&p.Instructions[0])), license: &license[0],
+		attachType: p.Attach, types: p.Types, attachBTF: p.BTF, target: p.Target,
+	}
+	if p.Types != 0 {
+		attr.functionSize, attr.functions, attr.functionCount = 8, &[2]uint32{0, typedFunction}, 1
+	}
 	copy(attr.name[:], "hostile")
 	attr.token, attr.flags = tokenFD()
 	attr.flags |= p.Flags
@@ -437,16 +451,18 @@ func openRaw(program uint32, name string) (int, error) {
 	return call(17, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
 }
 
-func testRun(program uint32) error {
-	data := make([]byte, 64)
+// testRun runs a program, with a packet if that has a size.
+func testRun(program uint32, size int) error {
 	attr := struct {
 		program, result, in, out uint32
 		data, _                  *byte
 		repeat                   uint32
 		_                        [11]uint32
-	}{program: program, in: uint32(len(data)), data: &data[0], repeat: 1}
+	}{program: program, in: uint32(size)}
+	if size != 0 {
+		attr.data, attr.repeat = &make([]byte, size)[0], 1
+	}
 	_, err := call(10, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
-	runtime.KeepAlive(data)
 	return err
 }
 

@@ -11,6 +11,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -30,11 +31,21 @@ import (
 
 // Values of the enums that the matrix knows more of than their names.
 const (
-	typeTracing   = 26
-	typeStructOps = 27
-	typeLSM       = 29
-	typeSyscall   = 31
+	typeKprobe       = 2
+	typeSchedAct     = 4
+	typeLWTIn        = 10
+	typeLWTOut       = 11
+	typeLWTXmit      = 12
+	typeLWTSeg6Local = 19
+	typeLirc         = 20
+	typeSKReuseport  = 21
+	typeTracing      = 26
+	typeStructOps    = 27
+	typeExt          = 28
+	typeLSM          = 29
+	typeSyscall      = 31
 
+	attachLirc          = 16
 	attachFlowDissector = 17
 	attachRawTP         = 23
 	attachFentry        = 24
@@ -42,8 +53,11 @@ const (
 	attachModify        = 26
 	attachLSM           = 27
 	attachIter          = 28
+	attachXDPDevmap     = 33
+	attachXDPCPUMap     = 35
 	attachKprobeMulti   = 42
 	attachLSMCgroup     = 43
+	attachStructOps     = 44
 	attachTCXEgress     = 47
 	attachUprobeMulti   = 48
 	attachNetkit        = 54
@@ -51,6 +65,8 @@ const (
 	attachKprobeSession = 56
 	attachUprobeSession = 57
 	attachFsession      = 58
+	attachFentryMulti   = 59
+	attachFsessionMulti = 61
 )
 
 // cell is a program type and an attach type, and how a program is loaded for
@@ -62,6 +78,10 @@ type cell struct {
 	Expected uint32
 	Result   uint32 // that the program returns: one that the kernel allows
 	BTF      uint32 // of what it is loaded for
+	Function uint32 // of what a tracing_multi link is for
+	First    bool   // of those that root loads, among a type's
+	// Congestion is for struct_ops as such.
+	Congestion *congestion
 }
 
 func (c cell) program() program {
@@ -72,16 +92,29 @@ func (c cell) program() program {
 	return p
 }
 
-// The ways to attach a program, each to what is the grant's own and to what isn't.
+// The ways to attach a program, to what is the grant's own and to what isn't.
 const (
 	linkOwn = iota
 	linkOther
+	updateOwn // the link that was made
+	updateOther
 	attachOwn
 	attachOther
+	ioctlOwn
+	ioctlOther
 	openRawTP
+	intoMap
+	toSocket
+	byNetlink
+	run
 	loaded // no way: whether there is anything to attach
 	ways
 )
+
+var wayNames = [...]string{
+	"link to own", "link to other", "update of own link", "update of other link", "attach to own", "attach to other",
+	"ioctl of own event", "ioctl of other event", "raw tracepoint", "own map", "own socket", "netlink", "run",
+}
 
 // untried is the result of what makes no sense to try.
 const untried = -1
@@ -90,13 +123,20 @@ const untried = -1
 const (
 	fileCells = iota
 	fileResults
+	fileProgram // with a function that can be replaced
 	fileCgroup
 	fileRootCgroup
 	fileNet // owned, if the process has one
 	fileHostNet
 	fileEvent
 	fileTracepoint
+	fileKprobe
 	fileSockmap
+	// Of a congestion control: to be linked, linked, and to take the linked one's place.
+	fileMap
+	fileLinkedMap
+	fileLink
+	fileNewMap
 	fileEnd
 )
 
@@ -117,9 +157,9 @@ func init() {
 	}
 	// rootmatrix CELLS RESULTS: loads each with the first result that the
 	// kernel allows, and answers with the error and the result.
-	ops["rootmatrix"] = matrixOp(func(c cell, _ []string, _ []*os.File) (answer []int) {
+	ops["rootmatrix"] = matrixOp(func(c cell, _ []string, files []*os.File) (answer []int) {
 		for _, c.Result = range []uint32{1, 0, 2} {
-			if answer = []int{loadCell(c), int(c.Result)}; answer[0] == 0 {
+			if answer = []int{loadCell(c, files), int(c.Result)}; answer[0] == 0 {
 				break
 			}
 		}
@@ -127,28 +167,44 @@ func init() {
 	})
 	// loadmatrix CELLS RESULTS: loads each with the first token, with the one
 	// that lacks its program type, and the one that lacks its attach type.
-	ops["loadmatrix"] = matrixOp(func(c cell, _ []string, _ []*os.File) (results []int) {
+	ops["loadmatrix"] = matrixOp(func(c cell, _ []string, files []*os.File) (results []int) {
 		for _, i := range []uint32{0, 1 + c.Type, 1 + 64 + c.Attach} {
 			held.token = matrixTokens[i]
-			results = append(results, loadCell(c))
+			results = append(results, loadCell(c, files))
 		}
 		held.token = nil
 		return results
 	})
 	// attachmatrix HOST CELLS RESULTS …: attaches each in all ways.
 	ops["attachmatrix"] = matrixOp(tryCell)
+	// equip: see equipNetwork.
+	ops["equip"] = func([]string, []*os.File) (string, []*os.File, error) { return "", nil, equipNetwork() }
 }
 
 // matrixTokens are a token for everything, and from 1 and 65 on those that lack
 // the program type or the attach type of that number.
 var matrixTokens = map[uint32]*os.File{}
 
-func loadCell(c cell) int {
-	fd, err := load(c.program())
+func loadCell(c cell, files []*os.File) int {
+	fd, err := openCell(c, files)
 	if err == nil {
 		_ = unix.Close(fd)
 	}
 	return number0(err)
+}
+
+// openCell loads a cell's program.
+func openCell(c cell, files []*os.File) (int, error) {
+	p := c.program()
+	if c.Type == typeExt {
+		types, err := typedTypes()
+		if err != nil {
+			return -1, err
+		}
+		defer unix.Close(types)
+		p.Types, p.Target = uint32(types), uint32(files[fileProgram].Fd())
+	}
+	return load(p)
 }
 
 // number0 is an error's number, or 0.
@@ -178,27 +234,32 @@ func matrixOp(do func(cell, []string, []*os.File) []int) testtarget.Op {
 // tryCell attaches a program in all ways, and detaches it again.
 func tryCell(c cell, args []string, files []*os.File) []int {
 	results := slices.Repeat([]int{untried}, ways)
-	p, err := load(c.program())
+	p, err := openCell(c, files)
 	results[loaded] = number0(err)
 	if err != nil {
 		return results
 	}
 	defer unix.Close(p)
+	if c.Congestion != nil {
+		tryCongestion(*c.Congestion, files, results)
+		return results
+	}
 	onHost := args[0] == "host"
 	for _, other := range []bool{false, true} {
-		link, attach := linkOwn, attachOwn
+		link, update, attach := linkOwn, updateOwn, attachOwn
 		if other {
-			link, attach = linkOther, attachOther
+			link, update, attach = linkOther, updateOther, attachOther
 		}
 		target, ok := matrixTarget(c, other, onHost, files)
 		if !ok {
 			continue
 		}
 		fd, err := linkCell(c, uint32(p), target, other)
-		if err == nil {
+		if results[link] = number0(err); err == nil {
+			err = updateLink(fd, p)
 			_ = unix.Close(fd)
 		}
-		results[link] = number0(err)
+		results[update] = number0(err)
 		attr := struct{ target, program, kind, flags, replace uint32 }{target, uint32(p), c.Attach, 0, 0}
 		_, err = call(8, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
 		if results[attach] = number0(err); err == nil {
@@ -207,16 +268,77 @@ func tryCell(c cell, args []string, files []*os.File) []int {
 			}
 		}
 	}
-	name := ""
-	if c.Type != typeTracing && c.Type != typeLSM {
-		name = "sys_enter"
+	if typed := c.Type == typeTracing || c.Type == typeLSM || c.Type == typeExt; typed || c.First {
+		name := "sys_enter"
+		if typed {
+			name = ""
+		}
+		fd, err := openRaw(uint32(p), name)
+		if err == nil {
+			_ = unix.Close(fd)
+		}
+		results[openRawTP] = number0(err)
 	}
-	fd, err := openRaw(uint32(p), name)
-	if err == nil {
-		_ = unix.Close(fd)
+	if c.Attach == attachPerfEvent {
+		// Events keep what they are given.
+		for way, other := range map[int]bool{ioctlOwn: false, ioctlOther: true} {
+			event, _ := matrixTarget(c, other, onHost, files)
+			results[way] = number0(unix.IoctlSetInt(int(event), unix.PERF_EVENT_IOC_SET_BPF, p))
+		}
 	}
-	results[openRawTP] = number0(err)
+	if c.Attach != c.Expected {
+		return results
+	}
+	switch {
+	case c.Type == typeXDP && c.Attach == attachXDPDevmap:
+		results[intoMap] = number0(putIntoMap(mapDevmap, p))
+	case c.Type == typeXDP && c.Attach == attachXDPCPUMap:
+		results[intoMap] = number0(putIntoMap(mapCPUMap, p))
+	case c.Type == typeSKReuseport:
+		results[toSocket] = number0(attachToSocket(p, unix.SO_ATTACH_REUSEPORT_EBPF))
+	}
+	if !c.First {
+		return results
+	}
+	// These know of no attach types.
+	switch c.Type {
+	case typeSocketFilter:
+		results[toSocket] = number0(attachToSocket(p, unix.SO_ATTACH_BPF))
+	case typeXDP, typeSchedCLS, typeSchedAct, typeLWTIn, typeLWTOut, typeLWTXmit, typeLWTSeg6Local:
+		results[byNetlink] = number0(attachByNetlink(c.Type, p))
+	}
+	if err = testRun(uint32(p), 64); err != nil {
+		err = testRun(uint32(p), 0)
+	}
+	results[run] = number0(err)
 	return results
+}
+
+// tryCongestion is tryCell for struct_ops, where it is maps that are attached.
+// An own map is one that the process makes, others are made for it.
+func tryCongestion(c congestion, files []*os.File, results []int) {
+	linked := func(make func() (int, error)) int {
+		fd, err := make()
+		if err != nil {
+			return number0(err)
+		}
+		defer unix.Close(fd)
+		link, err := linkMap(fd)
+		if err == nil {
+			_ = unix.Close(link)
+		}
+		return number0(err)
+	}
+	results[linkOwn] = linked(func() (int, error) { return c.make("hostile") })
+	results[linkOther] = linked(func() (int, error) { return dup(int(files[fileMap].Fd())), nil })
+	results[intoMap] = number0(c.register())
+	link := int(files[fileLink].Fd())
+	err := updateLink(link, int(files[fileNewMap].Fd()))
+	if results[updateOther] = number0(err); err == nil {
+		if err := updateLink(link, int(files[fileLinkedMap].Fd())); err != nil {
+			panic(err)
+		}
+	}
 }
 
 // matrixTarget is what the attach type takes for a target: one of the grant's
@@ -228,21 +350,33 @@ func matrixTarget(c cell, other, onHost bool, files []*os.File) (target uint32, 
 		}
 		return uint32(files[own].Fd()), true
 	}
+	if c.Type == typeExt {
+		if other {
+			return uint32(files[fileProgram].Fd()), true
+		}
+		return uint32(replaceable()), true
+	}
 	switch c.Attach {
-	case attachXDP, attachTCXIngress, attachTCXEgress, attachNetkit, attachNetkitPeer, attachNetfilter:
+	case attachXDP, attachTCXIngress, attachTCXEgress, attachNetfilter:
 		return 1, other == onHost // of the process's network namespace
+	case attachNetkit, attachNetkitPeer:
+		return netkit(), other == onHost
 	case attachFlowDissector, attachSKLookup:
 		if !other && onHost {
 			return 0, false
 		}
 		return pick(fileNet, fileHostNet)
 	case attachPerfEvent:
+		if c.Type == typeKprobe {
+			return pick(fileEvent, fileKprobe)
+		}
 		return pick(fileEvent, fileTracepoint)
 	case 4, 5, 7, 38: // sk_skb_…, sk_msg_verdict
 		return uint32(files[fileSockmap].Fd()), !other
 	case attachUprobeMulti, attachUprobeSession:
 		return 0, true
-	case attachRawTP, attachFentry, attachFexit, attachModify, attachLSM, attachIter, attachKprobeMulti, attachKprobeSession, attachFsession:
+	case attachRawTP, attachFentry, attachFexit, attachModify, attachLSM, attachIter, attachKprobeMulti, attachKprobeSession, attachFsession,
+		attachFentryMulti, attachFentryMulti + 1, attachFsessionMulti:
 		return 0, other // there is only one kernel
 	}
 	return pick(fileCgroup, fileRootCgroup)
@@ -254,7 +388,11 @@ func linkCell(c cell, program, target uint32, other bool) (int, error) {
 		program, target, attachType, flags uint32
 		rest                               [6]uint64
 	}{program: program, target: target, attachType: c.Attach}
-	var name, list any
+	var pointers [2]any // the kernel's pointers aren't the collector's
+	pointer := func(i int, p any, address unsafe.Pointer) {
+		pointers[i] = p
+		attr.rest[i] = uint64(uintptr(address))
+	}
 	switch c.Attach {
 	case attachNetfilter:
 		attr.target = 0
@@ -264,22 +402,29 @@ func linkCell(c cell, program, target uint32, other bool) (int, error) {
 		// flags, count, symbols
 		symbol, _ := unix.BytePtrFromString("bpf_fentry_test1")
 		symbols := &[1]*byte{symbol}
-		name, list = symbol, symbols
+		pointer(1, symbols, unsafe.Pointer(symbols))
 		attr.rest[0] = 1 << 32
-		attr.rest[1] = uint64(uintptr(unsafe.Pointer(symbols)))
 	case attachUprobeMulti, attachUprobeSession:
 		// path, offsets, ref_ctr_offsets, cookies, count, flags, pid
 		path, _ := unix.BytePtrFromString("/proc/self/exe")
 		offsets := &[1]uint64{4096}
-		name, list = path, offsets
-		attr.rest[0], attr.rest[1] = uint64(uintptr(unsafe.Pointer(path))), uint64(uintptr(unsafe.Pointer(offsets)))
+		pointer(0, path, unsafe.Pointer(path))
+		pointer(1, offsets, unsafe.Pointer(offsets))
 		attr.rest[4] = 1
 		if !other {
 			attr.rest[5] = uint64(os.Getpid())
 		}
+	case attachFentryMulti, attachFentryMulti + 1, attachFsessionMulti:
+		// ids, cookies, count
+		ids := &[1]uint32{c.Function}
+		pointer(0, ids, unsafe.Pointer(ids))
+		attr.rest[2] = 1
+	}
+	if c.Type == typeExt {
+		attr.rest = [6]uint64{typedFunction}
 	}
 	fd, err := call(28, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
-	_, _ = name, list // the kernel's pointers aren't the collector's
+	runtime.KeepAlive(pointers)
 	return fd, err
 }
 
@@ -373,6 +518,9 @@ type matrix struct {
 	programs, attachments map[uint32]string
 	cells                 []cell // that root can load in some way, by their place in the enums
 	loads                 []int  // how root's load for the attach type itself ended
+	program               *os.File
+	congestion            *congestion
+	lirc                  bool // the kernel has receivers to attach to
 }
 
 // newMatrix finds out with root what the kernel loads at all.
@@ -400,6 +548,15 @@ func newMatrix(t *testing.T) *matrix {
 		}
 		return 0
 	}
+	m.lirc = id("lirc_prog_attach", (*btf.Func)(nil)) != 0
+	congestion := findCongestion(t, types)
+	m.congestion = &congestion
+	program, err := loadReplaceable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.program = os.NewFile(uintptr(program), "program")
+	t.Cleanup(func() { m.program.Close() })
 	tracing := map[uint32]uint32{
 		attachRawTP: id("btf_trace_sched_switch", (*btf.Typedef)(nil)),
 		attachIter:  id("bpf_iter_task", (*btf.Func)(nil)),
@@ -409,26 +566,29 @@ func newMatrix(t *testing.T) *matrix {
 	}
 	for _, p := range slices.Sorted(maps.Keys(m.programs)) {
 		for _, a := range slices.Sorted(maps.Keys(m.attachments)) {
-			c := cell{Type: p, Attach: a, Expected: a}
+			c := cell{Type: p, Attach: a, Expected: a, Function: id("bpf_fentry_test1", (*btf.Func)(nil))}
 			switch p {
 			case typeTracing:
 				c.BTF = tracing[a]
 			case typeLSM:
 				c.BTF = id("bpf_lsm_file_receive", (*btf.Func)(nil))
 			case typeStructOps:
-				c.BTF = id("tcp_congestion_ops", (*btf.Struct)(nil))
+				c.BTF = congestion.Type
+			case typeExt:
+				c.BTF = typedFunction
 			}
 			m.cells = append(m.cells, c)
 		}
 	}
 	root := testtarget.Start(t, testtarget.Attr{})
 	loadable := map[uint32]cell{}
-	for i, result := range onCells(t, root, "rootmatrix", nil, m.cells) {
+	for i, result := range onCells(t, root, "rootmatrix", nil, m.cells, m.program) {
 		m.loads = append(m.loads, result[0])
 		m.cells[i].Result = uint32(result[1])
 		c := m.cells[i]
 		if _, ok := loadable[c.Type]; !ok && result[0] == 0 {
 			loadable[c.Type] = c
+			m.cells[i].First = true
 		}
 	}
 	// What isn't loaded for an attach type may still be attached as that.
@@ -439,6 +599,11 @@ func newMatrix(t *testing.T) *matrix {
 		if with, ok := loadable[c.Type]; ok {
 			with.Attach = c.Attach
 			m.cells[i] = with
+		}
+	}
+	for i, c := range m.cells {
+		if c.Type == typeStructOps && c.Attach == attachStructOps {
+			m.cells[i].Congestion = m.congestion
 		}
 	}
 	return m
@@ -503,7 +668,7 @@ func TestMatrixLoad(t *testing.T) {
 		}
 	}
 	counts := map[string]int{}
-	for i, results := range onCells(t, target, "loadmatrix", nil, own) {
+	for i, results := range onCells(t, target, "loadmatrix", nil, own, m.program) {
 		c := own[i]
 		// What it is loaded for when that isn't said (bpf_prog_load_fixup_attach_type).
 		as := c.Attach
@@ -530,6 +695,7 @@ func TestMatrixLoad(t *testing.T) {
 func TestMatrixAttach(t *testing.T) {
 	g := open(t)
 	m := newMatrix(t)
+	loadModules(t)
 	own, _ := cgroup(t, "matrix", testtarget.Alice)
 	root := openFile(t, "/sys/fs/cgroup")
 	hostNet := openFile(t, "/proc/self/ns/net")
@@ -539,29 +705,41 @@ func TestMatrixAttach(t *testing.T) {
 	}
 	defer sockmap.Close()
 	tracepoint := tracepointID(t, "sched/sched_switch")
+	congestions := m.congestions(t)
 	// An lsm_cgroup program crashes kernels, so not even root attaches one.
 	cells := slices.DeleteFunc(slices.Clone(m.cells), func(c cell) bool { return c.Attach == attachLSMCgroup && c.Type == typeLSM })
 	try := func(p *testtarget.Process, where string, cells []cell) [][]int {
 		t.Helper()
-		net := openFile(t, fmt.Sprintf("/proc/%d/ns/net", p.PID))
-		files := []*os.File{
-			own, root, net, hostNet,
+		events := []*os.File{
 			perfEvent(t, p, unix.PERF_TYPE_SOFTWARE, unix.PERF_COUNT_SW_CPU_CLOCK),
 			perfEvent(t, p, unix.PERF_TYPE_TRACEPOINT, uint64(tracepoint)),
-			testtarget.Dup(t, sockmap.FD()),
+			kprobeEvent(t, p),
 		}
-		defer files[len(files)-1].Close()
+		defer func() {
+			for _, f := range events {
+				_ = f.Close() // and with it what was attached to it
+			}
+		}()
+		if where == "own" {
+			p.Must("equip")
+		}
+		files := slices.Concat(
+			[]*os.File{m.program, own, root, openFile(t, fmt.Sprintf("/proc/%d/ns/net", p.PID)), hostNet}, events,
+			[]*os.File{testtarget.Dup(t, sockmap.FD())}, congestions)
 		return onCells(t, p, "attachmatrix", []string{where}, cells, files...)
 	}
 	const namespaces = unix.CLONE_NEWUSER | unix.CLONE_NEWNS
 	controls := map[string]map[cell][]int{}
+	testtarget.Start(t, testtarget.Attr{}).Must("equip")
 	for where, flags := range map[string]uintptr{"host": 0, "own": unix.CLONE_NEWNET} {
 		controls[where] = map[cell][]int{}
 		for i, results := range try(testtarget.Start(t, testtarget.Attr{Namespaces: flags}), where, cells) {
 			controls[where][cells[i]] = results
 		}
 	}
+	m.checkCovered(t, controls)
 	table := map[uint32]map[string]int{}
+	verdicts := 0
 	for _, reach := range []profile.Reach{profile.ReachNone, profile.ReachOwn, profile.ReachAny} {
 		for where, flags := range map[string]uintptr{"host": 0, "own": unix.CLONE_NEWNET} {
 			target := testtarget.NewWith(t, testtarget.Alice, namespaces|flags, testtarget.Root)
@@ -595,19 +773,20 @@ func TestMatrixAttach(t *testing.T) {
 					if got == untried && control == untried {
 						continue
 					}
+					verdicts++
 					want := allowed(c, way, reach, where)
 					switch {
 					case control != 0:
 						row["not even root"]++
 						if got == 0 {
-							t.Errorf("%s, way %d, reach %v, %s network: attached, which root can't: %v", m.name(c), way, reach, where, syscall.Errno(control))
+							t.Errorf("%s, %s, reach %v, %s network: attached, which root can't: %v", m.name(c), wayNames[way], reach, where, syscall.Errno(control))
 						}
 					case want && got == 0:
 						row["attached "+reach.String()]++
 					case !want && got == int(unix.EPERM):
 						row["refused "+reach.String()]++
 					default:
-						t.Errorf("%s, way %d, reach %v, %s network: got %v, allowed %t", m.name(c), way, reach, where, syscall.Errno(got), want)
+						t.Errorf("%s, %s, reach %v, %s network: got %v, allowed %t", m.name(c), wayNames[way], reach, where, syscall.Errno(got), want)
 					}
 				}
 			}
@@ -625,11 +804,87 @@ func TestMatrixAttach(t *testing.T) {
 		}
 		fmt.Printf("   root can't: %d, not loaded: %d\n", row["not even root"], row["not loaded"])
 	}
+	fmt.Printf("matrix: %d tries to attach in %d ways\n", verdicts, loaded)
+}
+
+// checkCovered fails the test if there is a program type, or an attach type,
+// that root has attached nowhere: whoever adds one to the kernel has it tried
+// here, or proves that it can't be.
+func (m *matrix) checkCovered(t *testing.T, controls map[string]map[cell][]int) {
+	t.Helper()
+	programs, attachments, loads := map[uint32]bool{}, map[uint32]bool{}, map[uint32]bool{}
+	for _, results := range controls {
+		for c, errnos := range results {
+			programs[c.Type] = programs[c.Type] || slices.Contains(errnos[:loaded], 0)
+			if c.Attach == c.Expected || c.Congestion != nil {
+				attachments[c.Attach] = attachments[c.Attach] || slices.Contains(errnos[:run], 0)
+			}
+		}
+	}
+	for i, c := range m.cells {
+		loads[c.Type] = loads[c.Type] || m.loads[i] == 0
+	}
+	noPrograms, noAttachments := map[uint32]string{}, map[uint32]string{attachLSMCgroup: "no profile can delegate it"} // which TestMatrixLoad sees
+	if !m.lirc && !loads[typeLirc] {
+		// CONFIG_BPF_LIRC_MODE2 wants infrared receivers in the kernel itself, not in a module.
+		const why = "this kernel has nothing to attach it to, and root can't load one"
+		noPrograms[typeLirc], noAttachments[attachLirc] = why, why
+	}
+	check := func(what string, names map[uint32]string, attached map[uint32]bool, not map[uint32]string) {
+		n := 0
+		for value, name := range names {
+			switch why := not[value]; {
+			case attached[value]:
+				n++
+			case why == "":
+				t.Errorf("root has attached no %s %s", what, name)
+			default:
+				fmt.Printf("matrix: %s %s isn't tried: %s\n", what, name, why)
+			}
+		}
+		fmt.Printf("matrix: root has attached %d %ss of %d\n", n, what, len(names))
+	}
+	check("program type", m.programs, programs, noPrograms)
+	check("attach type", m.attachments, attachments, noAttachments)
+}
+
+// congestions are the maps and links of congestion controls that root makes, in
+// the order in which they are passed.
+func (m *matrix) congestions(t *testing.T) (files []*os.File) {
+	t.Helper()
+	keep := func(fd int, err error) int {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		f := os.NewFile(uintptr(fd), "congestion")
+		t.Cleanup(func() { f.Close() })
+		files = append(files, f)
+		return fd
+	}
+	keep(m.congestion.make("rootmap"))
+	linked := keep(m.congestion.make("rootlink"))
+	keep(linkMap(linked))
+	keep(m.congestion.make("rootlink"))
+	return files
 }
 
 // allowed says what the profile's [Attach] means for a program that the kernel
 // would attach.
 func allowed(c cell, way int, reach profile.Reach, where string) bool {
+	switch way {
+	case byNetlink:
+		// The kernel's to say: CAP_NET_ADMIN over the network namespace.
+		return where == "own"
+	case run:
+		return reach == profile.ReachAny || where == "own"
+	case updateOwn, updateOther, ioctlOwn, ioctlOther:
+		// These show no program to the guard, and every reach confines something.
+		return reach == profile.ReachAny
+	case intoMap:
+		// On a processor it runs for frames that another program sends there.
+		return reach == profile.ReachAny || c.Attach == attachXDPCPUMap
+	}
 	kind := kind(c.Type)
 	if kind == len(targets(&profile.Profile{})) || reach == profile.ReachAny {
 		return true
@@ -639,7 +894,8 @@ func allowed(c cell, way int, reach profile.Reach, where string) bool {
 	}
 	switch way {
 	case linkOwn:
-		return true
+		// There is no such thing as an own one for the guard.
+		return c.Type != typeExt && c.Type != typeStructOps
 	case attachOwn:
 		// PROG_ATTACH shows no cgroup to the guard.
 		return kind == 0
@@ -666,7 +922,30 @@ func tracepointID(t *testing.T, name string) int {
 func perfEvent(t *testing.T, p *testtarget.Process, kind uint32, config uint64) *os.File {
 	t.Helper()
 	attr := unix.PerfEventAttr{Type: kind, Config: config, Sample: 1_000_000, Size: uint32(unsafe.Sizeof(unix.PerfEventAttr{}))}
-	fd, err := unix.PerfEventOpen(&attr, p.PID, -1, -1, unix.PERF_FLAG_FD_CLOEXEC)
+	return openEvent(t, p, &attr)
+}
+
+// kprobeEvent is an event of a kernel function's, when the process calls it.
+func kprobeEvent(t *testing.T, p *testtarget.Process) *os.File {
+	t.Helper()
+	text, err := os.ReadFile("/sys/bus/event_source/devices/kprobe/type")
+	if err != nil {
+		t.Fatal(err)
+	}
+	kind, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	function, _ := unix.BytePtrFromString("bpf_fentry_test1")
+	attr := unix.PerfEventAttr{Type: uint32(kind), Ext1: uint64(uintptr(unsafe.Pointer(function))), Size: uint32(unsafe.Sizeof(unix.PerfEventAttr{}))}
+	f := openEvent(t, p, &attr)
+	runtime.KeepAlive(function)
+	return f
+}
+
+func openEvent(t *testing.T, p *testtarget.Process, attr *unix.PerfEventAttr) *os.File {
+	t.Helper()
+	fd, err := unix.PerfEventOpen(attr, p.PID, -1, -1, unix.PERF_FLAG_FD_CLOEXEC)
 	if err != nil {
 		t.Fatal(err)
 	}
