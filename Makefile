@@ -180,6 +180,11 @@ test-systems:
 	test/setup make clang e2fsprogs xz-utils qemu-system-x86
 	$(GO) test -count=1 -tags kernels -timeout 60m ./test/scenarios
 
+# The guard's tests there, with a million swaps and ten thousand grants.
+test-attacks:
+	test/setup make clang e2fsprogs xz-utils qemu-system-x86
+	cd test/kernels && BPFBROKER_TEST_ATTACKS=full $(GO) test -count=1 -tags kernels -timeout 2h -run 'TestSuites/.*/guard$$'
+
 demo:
 	test/setup make clang
 	$(GO) run ./test/demo
@@ -189,4 +194,4 @@ bench:
 	$(GO) run ./test/bench
 	$(GO) test -tags root -run '^$$' -bench . ./service/client/export
 
-.PHONY: all install install-programs generate check-generate check-objects uninstall clean check test test-kernels test-systems demo bench
+.PHONY: all install install-programs generate check-generate check-objects uninstall clean check test test-kernels test-systems test-attacks demo bench

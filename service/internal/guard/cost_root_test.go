@@ -252,8 +252,8 @@ var timings = map[string]func(args []string) (int64, error){
 		defer unix.Close(fd)
 		return testRuns(fd, 2000)
 	},
-	"lookup": func([]string) (int64, error) { return timed(32, func() (int, error) { return element(1) }) },
-	"update": func([]string) (int64, error) { return timed(32, func() (int, error) { return element(2) }) },
+	"lookup": func([]string) (int64, error) { return timed(32, func() (int, error) { return onElement(1) }) },
+	"update": func([]string) (int64, error) { return timed(32, func() (int, error) { return onElement(2) }) },
 	"info": func([]string) (int64, error) {
 		return timed(32, func() (int, error) { _, err := mapID(); return -1, err })
 	},
@@ -338,8 +338,8 @@ func timed(calls int, do func() (int, error)) (int64, error) {
 	return took.Nanoseconds() / int64(calls), nil
 }
 
-// element looks up or updates one of the map's.
-func element(command uintptr) (int, error) {
+// onElement looks up or updates one of the map's.
+func onElement(command uintptr) (int, error) {
 	key, value := uint32(1), uint64(1)
 	attr := struct {
 		fd, _      uint32

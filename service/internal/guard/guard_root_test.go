@@ -501,27 +501,6 @@ func TestPerfEvent(t *testing.T) {
 	}
 }
 
-func TestSwap(t *testing.T) {
-	g := open(t)
-	target := testtarget.New(t, testtarget.Alice)
-	own, _ := cgroup(t, "swap", testtarget.Alice)
-	grant(t, g, target, confinedTo(profile.ReachOwn))
-	expect(t, target, 0, "load", loading(simple[typeCgroupSKB]))
-	out, _, err := target.Do("swap", []string{"5"}, own, openFile(t, "/sys/fs/cgroup"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var r swapResult
-	if err := json.Unmarshal([]byte(out), &r); err != nil {
-		t.Fatal(err)
-	}
-	t.Logf("%+v", r)
-	if r.Slips != 0 || r.Own == 0 || r.Own == r.Tries {
-		t.Errorf("got %+v", r)
-	}
-	expect(t, target, 0, "dropall", nil)
-}
-
 // outsider is a process of the user's on the host that has got hold of the
 // last program of the target.
 func outsider(t *testing.T, target *testtarget.Process, user int) *testtarget.Process {
@@ -966,8 +945,14 @@ func TestNothingLeft(t *testing.T) {
 		expect(t, target, 0, "dropall", nil)
 		release(t, id)
 	}
+	checkEmpty(t, g)
+}
+
+// checkEmpty fails the test if the guard's maps have anything.
+func checkEmpty(t *testing.T, g *Guard) {
+	t.Helper()
 	for name, m := range map[string]*ebpf.Map{
-		"grants": g.maps.Grants, "usages": g.maps.Usages, "users": g.maps.Users, "told": g.maps.Told,
+		"grants": g.maps.Grants, "usages": g.maps.Usages, "users": g.maps.Users, "lessons": g.maps.Lessons, "told": g.maps.Told,
 		"tokens": g.maps.Tokens, "objects": g.maps.Objects, "protected": g.maps.Protected,
 	} {
 		key, err := m.NextKeyBytes(nil)

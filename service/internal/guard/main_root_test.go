@@ -39,11 +39,14 @@ func TestMain(m *testing.M) {
 
 // ops are what a hostile process does with its token.
 var ops = map[string]testtarget.Op{
-	// token MOUNT: takes a token and keeps it.
+	// token MOUNT: takes a token and keeps it, in the place of another.
 	"token": func(_ []string, files []*os.File) (string, []*os.File, error) {
 		f, err := kernel.CreateToken(files[0])
 		if err != nil {
 			return "", nil, err
+		}
+		if held.token != nil {
+			_ = held.token.Close()
 		}
 		held.token = f
 		return "", nil, nil
@@ -207,46 +210,6 @@ var ops = map[string]testtarget.Op{
 		}()
 		return "", nil, <-ended
 	},
-	// swap SECONDS OWN OTHER: makes links to a cgroup while another thread
-	// puts the other in its place. Answers how often, with which successes.
-	"swap": func(args []string, files []*os.File) (string, []*os.File, error) {
-		target := dup(int(files[0].Fd()))
-		defer unix.Close(target)
-		end := time.Now().Add(time.Duration(number(args[0])) * time.Second)
-		var done atomic.Bool
-		var turns sync.WaitGroup
-		turns.Go(func() {
-			runtime.LockOSThread()
-			for i := 0; !done.Load(); i++ {
-				_ = unix.Dup3(int(files[i%2].Fd()), target, unix.O_CLOEXEC)
-			}
-		})
-		var want unix.Stat_t
-		if err := unix.Fstat(int(files[0].Fd()), &want); err != nil {
-			return "", nil, err
-		}
-		var r swapResult
-		for ; time.Now().Before(end); r.Tries++ {
-			fd, err := createLink(uint32(last()), uint32(target), attachEgress)
-			if err != nil {
-				continue
-			}
-			id, err := linkedCgroup(fd)
-			_ = unix.Close(fd)
-			if err != nil {
-				return "", nil, err
-			}
-			if id == want.Ino {
-				r.Own++
-			} else {
-				r.Slips++
-			}
-		}
-		done.Store(true)
-		turns.Wait()
-		data, err := json.Marshal(r)
-		return string(data), nil, err
-	},
 	// hammer: loads the program again and again until cease, which answers how
 	// often that worked.
 	"hammer": func(args []string, _ []*os.File) (string, []*os.File, error) {
@@ -282,27 +245,10 @@ var ops = map[string]testtarget.Op{
 	},
 }
 
-type swapResult struct{ Tries, Own, Slips int }
-
 var hammering struct {
 	stop          atomic.Bool
 	wait          sync.WaitGroup
 	tries, loaded int
-}
-
-// linkedCgroup asks the kernel for the cgroup of a link.
-func linkedCgroup(link int) (uint64, error) {
-	var info struct {
-		kind, id, program, _ uint32
-		cgroup               uint64
-		_                    [12]uint64
-	}
-	attr := struct {
-		link, size uint32
-		info       unsafe.Pointer
-	}{uint32(link), uint32(unsafe.Sizeof(info)), unsafe.Pointer(&info)}
-	_, err := call(15, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
-	return info.cgroup, err
 }
 
 // held is what a hostile process has.
