@@ -93,15 +93,6 @@ $(BUILD)/%.bpf.o: test/programs/%.bpf.c
 	mkdir -p $(BUILD)
 	clang -O2 -g -target bpf -mcpu=v3 -c $< -o $@
 
-# The guard's programs are committed as clang makes them.
-generate:
-	$(GO) generate ./bpf
-	cd service/internal/catalog/testdata && for c in *.bpf.c; do \
-		clang -O2 -g -target bpf -mcpu=v3 -fdebug-prefix-map=$$PWD=. -c $$c -o $${c%.c}.o && llvm-strip -g $${c%.c}.o || exit 1; done
-
-check-generate:
-	out=$$(mktemp -d) && BPF_OUT=$$out $(GO) generate ./bpf && diff $$out/guard_bpfel.go bpf && diff $$out/guard_bpfel.o bpf && rm -r $$out
-
 # The guard stays in the kernel: see README.
 uninstall:
 	rm -f $(DESTDIR)$(BINDIR)/bpfbroker $(DESTDIR)$(LIBEXECDIR)/bpfbrokerd $(DESTDIR)$(LIBEXECDIR)/bpfbroker-export
@@ -119,28 +110,33 @@ uninstall:
 clean:
 	rm -rf $(BUILD)
 
-# The shipped objects are in the repository, since who builds bpfbroker needs no
-# clang. System calls have other numbers on each architecture.
+# BPF programs are in the repository as clang makes them, since who builds
+# bpfbroker needs no clang. System calls have other numbers on each architecture.
 OBJECTS = execs tcp-connections syscall-latency-amd64 syscall-latency-arm64
-OBJECTOUT ?= bpf/objects
+COMPILED = $(OBJECTS:%=bpf/objects/%.bpf.o) $(patsubst %.c,%.o,$(wildcard service/internal/catalog/testdata/*.bpf.c))
+COMPILEDFROM = bpf/bpf.go bpf/guard.bpf.c bpf/kernel.h bpf/objects/*.[ch] service/internal/catalog/testdata/*.c
 
-generate: $(OBJECTS:%=$(OBJECTOUT)/%.bpf.o)
+generate: compile
+	{ echo "# $$(clang --version | head -n 1)"; sha256sum $(COMPILEDFROM) $(COMPILED) bpf/guard_bpfel.*; } >bpf/generated.sha256
 
-check-generate: check-objects
+# Each clang makes other bytes. The sums show also with another one whether what
+# is in the repository was made from its source.
+check-generate:
+	sha256sum --check --quiet bpf/generated.sha256
+	$(MAKE) compile COMPILETO=$(BUILD)/generated/
+	if grep -Fqx "# $$(clang --version | head -n 1)" bpf/generated.sha256; then cd $(BUILD)/generated && grep -E '\.o$$|_bpfel\.go$$' $(CURDIR)/bpf/generated.sha256 | sha256sum --check --quiet; fi
 
-check-objects:
-	mkdir -p $(BUILD)/objects
-	$(MAKE) OBJECTOUT=$(BUILD)/objects $(OBJECTS:%=$(BUILD)/objects/%.bpf.o)
-	for object in $(OBJECTS); do cmp bpf/objects/$$object.bpf.o $(BUILD)/objects/$$object.bpf.o || exit 1; done
+compile: $(COMPILED:%=$(COMPILETO)%)
+	BPF_OUT=$(abspath $(COMPILETO)bpf) $(GO) generate ./bpf
 
-CLANG_OBJECT = clang -O2 -g -Wall -Werror -target bpf -mcpu=v3 -fdebug-prefix-map=$(CURDIR)=.
+CLANG_BPF = mkdir -p $(@D) && clang -O2 -g -Wall -Werror -target bpf -mcpu=v3 -fdebug-prefix-map=$(CURDIR)=.
 
-$(OBJECTOUT)/syscall-latency-%.bpf.o: FORCE
-	$(CLANG_OBJECT) -DARCH_$* -c bpf/objects/syscall-latency.bpf.c -o $@
+$(COMPILETO)bpf/objects/syscall-latency-%.bpf.o: FORCE
+	$(CLANG_BPF) -DARCH_$* -c bpf/objects/syscall-latency.bpf.c -o $@
 	llvm-strip -g $@
 
-$(OBJECTOUT)/%.bpf.o: FORCE
-	$(CLANG_OBJECT) -c bpf/objects/$*.bpf.c -o $@
+$(COMPILETO)%.bpf.o: FORCE
+	$(CLANG_BPF) -c $*.bpf.c -o $@
 	llvm-strip -g $@
 
 # What can be checked without privileges.
@@ -194,4 +190,4 @@ bench:
 	$(GO) run ./test/bench
 	$(GO) test -tags root -run '^$$' -bench . ./service/client/export
 
-.PHONY: all install install-programs generate check-generate check-objects uninstall clean check test test-kernels test-systems test-attacks demo bench
+.PHONY: all install install-programs generate check-generate compile uninstall clean check test test-kernels test-systems test-attacks demo bench

@@ -271,7 +271,7 @@ var timings = map[string]func(args []string) (int64, error){
 			return 0, err
 		}
 		defer unix.Close(fd)
-		return timed(16, func() (int, error) { return -1, testRun(uint32(fd)) })
+		return timed(16, func() (int, error) { return -1, testRun(uint32(fd), 64) })
 	},
 	"link": func([]string) (int64, error) {
 		return withCgroup(func(program, cgroup uint32) (int64, error) {
