@@ -30,6 +30,8 @@ import (
 	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
 )
 
+type crowdResult struct{ Tries, Slips int }
+
 func init() {
 	// crowd THREADS SECONDS OWN OTHER: threads that are run only when nothing else
 	// is make links to a cgroup, and are preempted wherever they are then; another
@@ -54,7 +56,7 @@ func init() {
 				}
 			})
 		}
-		var r swapResult
+		var r crowdResult
 		for ; time.Now().Before(end); r.Tries++ {
 			time.Sleep(time.Millisecond)
 			for range 3 {
@@ -332,14 +334,14 @@ func TestPreempted(t *testing.T) {
 		return all, each
 	}
 	start, _ := misses()
-	var sum swapResult
+	var sum crowdResult
 	var killed, found int
 	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); {
 		target := testtarget.New(t, testtarget.Alice)
 		grant(t, g, target, confinedTo(profile.ReachOwn))
 		expect(t, target, 0, "load", loading(simple[typeCgroupSKB]))
 		out, _, err := target.Do("crowd", []string{"40", "2"}, own, root)
-		var r swapResult
+		var r crowdResult
 		if err != nil {
 			killed++
 		} else if err := json.Unmarshal([]byte(out), &r); err != nil {
