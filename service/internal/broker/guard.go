@@ -355,7 +355,7 @@ func undoSlip(ctx context.Context, e guard.Event) error {
 	if err == nil || e.Reason != guard.SlippedLink {
 		return err
 	}
-	killed, killErr := kernel.KillHolders(ctx, kernel.LinkID, uint32(e.Detail))
+	killed, killErr := kernel.KillHolders(ctx, kernel.LinkID, uint32(e.Detail), e.Owner)
 	if killed > 0 {
 		err = nil
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -66,9 +67,10 @@ func heldBy(pid int, what string, ids map[uint32]bool) map[uint32]bool {
 	return held
 }
 
-// KillHolders ends the processes that have descriptors of a BPF object, as
-// Holders finds them, and returns how many it has ended. Needs CAP_KILL, too.
-func KillHolders(ctx context.Context, what string, id uint32) (killed int, err error) {
+// KillHolders ends the processes of a user that have descriptors of a BPF object,
+// as Holders finds them, and returns how many it has ended. The others stay: who
+// gives a service of root's a descriptor must not have it ended. Needs CAP_KILL, too.
+func KillHolders(ctx context.Context, what string, id, uid uint32) (killed int, err error) {
 	ids := map[uint32]bool{id: true}
 	found, err := Holders(ctx, what, ids)
 	for _, pid := range found[id] {
@@ -77,7 +79,7 @@ func KillHolders(ctx context.Context, what string, id uint32) (killed int, err e
 			continue // it has gone
 		}
 		// The pid may have come round.
-		if heldBy(pid, what, ids)[id] {
+		if belongsTo(fd, pid, uid) && heldBy(pid, what, ids)[id] {
 			if oneErr = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); oneErr == nil {
 				killed++
 			} else if oneErr != unix.ESRCH {
@@ -87,4 +89,31 @@ func KillHolders(ctx context.Context, what string, id uint32) (killed int, err e
 		_ = unix.Close(fd)
 	}
 	return killed, err
+}
+
+// belongsTo says whether a user may end a process: it has no uid but the user's
+// (kill(2)), or is in a user namespace of the user's.
+func belongsTo(pidfd, pid int, uid uint32) bool {
+	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)) // none, if it has gone
+	for line := range strings.Lines(string(status)) {
+		if ids, ok := strings.CutPrefix(line, "Uid:"); ok {
+			other := func(id string) bool { return id != strconv.FormatUint(uint64(uid), 10) }
+			if !slices.ContainsFunc(strings.Fields(ids), other) {
+				return true
+			}
+		}
+	}
+	namespace, err := unix.IoctlRetInt(pidfd, pidfdGetUserNamespace)
+	if err != nil {
+		return false
+	}
+	own, err := above(namespace, func(fd int, _ identity) bool {
+		owner, err := unix.IoctlGetUint32(fd, unix.NS_GET_OWNER_UID)
+		return err == nil && owner == uid
+	})
+	if err != nil || own == nil {
+		return false
+	}
+	own.Close()
+	return true
 }

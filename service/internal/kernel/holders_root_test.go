@@ -36,7 +36,8 @@ func TestHolders(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	hold := func(fd int) *exec.Cmd {
+	const user = 1000
+	hold := func(fd int, as *syscall.SysProcAttr) *exec.Cmd {
 		t.Helper()
 		fd, err := unix.Dup(fd)
 		if err != nil {
@@ -46,31 +47,44 @@ func TestHolders(t *testing.T) {
 		defer f.Close()
 		cmd := exec.Command("sleep", "1000")
 		cmd.ExtraFiles = []*os.File{f}
+		cmd.SysProcAttr = as
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
 		return cmd
 	}
-	linked, loaded, stranger := hold(linkFD(t, l)), hold(program.FD()), hold(int(os.Stdin.Fd()))
+	own := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: user, Gid: user}}
+	inside := &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWUSER, Credential: &syscall.Credential{NoSetGroups: true},
+		UidMappings: []syscall.SysProcIDMap{{HostID: 100000, Size: 1}}, GidMappings: []syscall.SysProcIDMap{{HostID: 100000, Size: 1}},
+	}
+	linked, loaded, stranger := hold(linkFD(t, l), own), hold(program.FD(), own), hold(int(os.Stdin.Fd()), own)
+	service, container := hold(linkFD(t, l), nil), hold(linkFD(t, l), inside)
 	for what, test := range map[string]struct {
 		id   uint32
 		want []int
 	}{
-		LinkID:    {uint32(info.ID), []int{linked.Process.Pid}},
-		ProgramID: {uint32(info.Program), []int{linked.Process.Pid, loaded.Process.Pid}},
+		LinkID:    {uint32(info.ID), []int{linked.Process.Pid, service.Process.Pid, container.Process.Pid}},
+		ProgramID: {uint32(info.Program), []int{linked.Process.Pid, loaded.Process.Pid, service.Process.Pid, container.Process.Pid}},
 	} {
 		found, err := Holders(t.Context(), what, map[uint32]bool{test.id: true, 1 << 31: true})
 		if err != nil || len(found) != 1 || !slices.Equal(found[test.id], test.want) {
 			t.Errorf("%s: got %v, %v, want %v", what, found, err, test.want)
 		}
 	}
-	if killed, err := KillHolders(t.Context(), LinkID, uint32(info.ID)); err != nil || killed != 1 {
-		t.Errorf("killed %d, %v", killed, err)
-	}
-	var ended *exec.ExitError
-	if err := linked.Wait(); !errors.As(err, &ended) || ended.Sys().(interface{ Signaled() bool }).Signaled() == false {
-		t.Errorf("the holder ended: %v", err)
+	// The container's user namespace is root's: those of root's that have the link
+	// are others than the user's.
+	for uid, holders := range map[uint32][]*exec.Cmd{user: {linked}, 0: {service, container}} {
+		if killed, err := KillHolders(t.Context(), LinkID, uint32(info.ID), uid); err != nil || killed != len(holders) {
+			t.Errorf("killed %d of uid %d, %v", killed, uid, err)
+		}
+		for _, cmd := range holders {
+			var ended *exec.ExitError
+			if err := cmd.Wait(); !errors.As(err, &ended) || !ended.Sys().(syscall.WaitStatus).Signaled() {
+				t.Errorf("a holder of uid %d ended: %v", uid, err)
+			}
+		}
 	}
 	for _, cmd := range []*exec.Cmd{loaded, stranger} {
 		if err := unix.Kill(cmd.Process.Pid, 0); err != nil {

@@ -29,7 +29,7 @@ func (p *Process) UserNamespace(inode uint64) (*UserNamespace, error) {
 	if err != nil {
 		return nil, err
 	}
-	u, err := above(fd, func(id identity) bool { return id.inode == inode })
+	u, err := above(fd, func(_ int, id identity) bool { return id.inode == inode })
 	if err == nil && u == nil {
 		err = ErrProcessGone
 	}
@@ -38,14 +38,14 @@ func (p *Process) UserNamespace(inode uint64) (*UserNamespace, error) {
 
 // above goes from a namespace, whose fd passes to it, upwards to the first that
 // is wanted, and returns nil if there is none below the broker's own.
-func above(fd int, wanted func(identity) bool) (*UserNamespace, error) {
+func above(fd int, wanted func(fd int, id identity) bool) (*UserNamespace, error) {
 	own, err := ownUserNamespace()
 	for err == nil {
 		var id identity
 		if id, err = identify(fd); err != nil || id == own {
 			break
 		}
-		if wanted(id) {
+		if wanted(fd, id) {
 			return &UserNamespace{fd, id}, nil
 		}
 		var parent int
@@ -193,7 +193,7 @@ func (u *UserNamespace) killBy(pid, flags int) (what quarry, headless bool, err 
 	default:
 		return stranger, false, fmt.Errorf("cannot get the namespaces of process %d: %w", pid, err)
 	}
-	found, err := above(namespace, func(id identity) bool { return id == u.id })
+	found, err := above(namespace, func(_ int, id identity) bool { return id == u.id })
 	if err != nil || found == nil {
 		return stranger, false, err
 	}
