@@ -167,11 +167,22 @@ func TestGuardRevoke(t *testing.T) {
 	if list := must(t, "alice", "bpfbroker list --json=short"); !strings.Contains(list, `"notEnforced":[]`) {
 		t.Errorf("something isn't enforced: %s", list)
 	}
+	must(t, "alice", h.inside("mkdir -m 0 /sys/fs/bpf/below"))
+	must(t, "alice", h.inside("/usr/sbin/bpftool prog load "+object+" /sys/fs/bpf/count"))
+	// Whoever stays in the file system still sees it when it isn't mounted any more.
+	stays := strings.TrimSpace(must(t, "alice", h.inside("bash -c 'cd /sys/fs/bpf; (exec sleep 1000 </dev/null >/dev/null 2>&1) & echo $!'")))
+	if there := must(t, "alice", h.inside("ls -A /proc/"+stays+"/cwd/")); there != "below\ncount\n" {
+		t.Errorf("pinned are %q", there)
+	}
 	r := run(t, "alice", "bpfbroker revoke "+h.id)
 	if r.code != 0 || strings.Contains(r.err, "tokens that were already created") {
 		t.Errorf("revoke: %+v", r)
 	}
 	h.says(t, "yes\nno\n")
+	if left := must(t, "alice", h.inside("ls -A /proc/"+stays+"/cwd/")); left != "" {
+		t.Errorf("still pinned are %q", left)
+	}
+	must(t, "alice", "kill "+stays)
 
 	h = hold(t)
 	dropIn(t, "[Delegate]\nMaps=\nMaps=hash\n")

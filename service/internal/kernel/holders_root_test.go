@@ -17,6 +17,8 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
+
+	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
 )
 
 func TestHolders(t *testing.T) {
@@ -36,7 +38,6 @@ func TestHolders(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const user = 1000
 	hold := func(fd int, as *syscall.SysProcAttr) *exec.Cmd {
 		t.Helper()
 		fd, err := unix.Dup(fd)
@@ -54,7 +55,7 @@ func TestHolders(t *testing.T) {
 		t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
 		return cmd
 	}
-	own := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: user, Gid: user}}
+	own := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: testtarget.Alice, Gid: testtarget.Alice}}
 	inside := &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWUSER, Credential: &syscall.Credential{NoSetGroups: true},
 		UidMappings: []syscall.SysProcIDMap{{HostID: 100000, Size: 1}}, GidMappings: []syscall.SysProcIDMap{{HostID: 100000, Size: 1}},
@@ -68,17 +69,21 @@ func TestHolders(t *testing.T) {
 		LinkID:    {uint32(info.ID), []int{linked.Process.Pid, service.Process.Pid, container.Process.Pid}},
 		ProgramID: {uint32(info.Program), []int{linked.Process.Pid, loaded.Process.Pid, service.Process.Pid, container.Process.Pid}},
 	} {
-		found, err := Holders(t.Context(), what, map[uint32]bool{test.id: true, 1 << 31: true})
+		var found map[uint32][]int
+		var err error
+		asDaemon(t, func() { found, err = Holders(t.Context(), what, map[uint32]bool{test.id: true, 1 << 31: true}) })
 		if err != nil || len(found) != 1 || !slices.Equal(found[test.id], test.want) {
 			t.Errorf("%s: got %v, %v, want %v", what, found, err, test.want)
 		}
 	}
 	// The container's user namespace is root's: those of root's that have the link
 	// are others than the user's.
-	for uid, holders := range map[uint32][]*exec.Cmd{user: {linked}, 0: {service, container}} {
-		if killed, err := KillHolders(t.Context(), LinkID, uint32(info.ID), uid); err != nil || killed != len(holders) {
-			t.Errorf("killed %d of uid %d, %v", killed, uid, err)
-		}
+	for uid, holders := range map[uint32][]*exec.Cmd{testtarget.Alice: {linked}, 0: {service, container}} {
+		asDaemon(t, func() {
+			if killed, err := KillHolders(t.Context(), LinkID, uint32(info.ID), uid); err != nil || killed != len(holders) {
+				t.Errorf("killed %d of uid %d, %v", killed, uid, err)
+			}
+		})
 		for _, cmd := range holders {
 			var ended *exec.ExitError
 			if err := cmd.Wait(); !errors.As(err, &ended) || !ended.Sys().(syscall.WaitStatus).Signaled() {
@@ -113,7 +118,9 @@ func TestInNetwork(t *testing.T) {
 	}
 	own := inode("/proc/thread-self/ns/net")
 	cmd := exec.Command("sleep", "1000")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWNET, Credential: &syscall.Credential{Uid: testtarget.Alice, Gid: testtarget.Alice},
+	}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -121,11 +128,14 @@ func TestInNetwork(t *testing.T) {
 	other := inode("/proc/" + strconv.Itoa(cmd.Process.Pid) + "/ns/net")
 	failure := errors.New("failed")
 	for _, number := range []uint32{own, other} {
-		err := InNetwork(number, func() error {
-			if got := inode("/proc/thread-self/ns/net"); got != number {
-				t.Errorf("in network namespace %d, want %d", got, number)
-			}
-			return failure
+		var err error
+		asDaemon(t, func() {
+			err = InNetwork(number, func() error {
+				if got := inode("/proc/thread-self/ns/net"); got != number {
+					t.Errorf("in network namespace %d, want %d", got, number)
+				}
+				return failure
+			})
 		})
 		if !errors.Is(err, failure) {
 			t.Errorf("got %v", err)

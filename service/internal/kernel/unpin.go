@@ -45,7 +45,7 @@ type unpinner struct {
 
 func (w *unpinner) run(root int) error {
 	for {
-		if err := w.enter(root, "."); err != nil {
+		if err := w.enter(root); err != nil {
 			return err
 		}
 		pins, err := w.pass()
@@ -122,23 +122,25 @@ func (w *unpinner) empty() (below string, pins int, err error) {
 	}
 }
 
+// Nothing leads out of the file system.
+const inside = unix.RESOLVE_NO_XDEV | unix.RESOLVE_NO_SYMLINKS
+
+// move goes to a directory below, or to the one above.
 func (w *unpinner) move(name string) error {
 	from := w.dir
 	defer from.Close()
-	return w.enter(int(from.Fd()), name)
-}
-
-// enter opens a directory as its owner, who gets every right to it.
-func (w *unpinner) enter(at int, name string) error {
-	how := &unix.OpenHow{
-		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_NO_XDEV | unix.RESOLVE_NO_SYMLINKS,
-	}
-	path, err := unix.Openat2(at, name, how)
+	fd, err := unix.Openat2(int(from.Fd()), name, &unix.OpenHow{
+		Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: inside,
+	})
 	if err != nil {
 		return err
 	}
-	defer unix.Close(path)
+	defer unix.Close(fd)
+	return w.enter(fd)
+}
+
+// enter opens a directory as its owner, who gets every right to it.
+func (w *unpinner) enter(path int) error {
 	var stat unix.Stat_t
 	if err := unix.Fstat(path, &stat); err != nil {
 		return err
@@ -151,8 +153,7 @@ func (w *unpinner) enter(at int, name string) error {
 			return err
 		}
 	}
-	how.Flags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC
-	fd, err := unix.Openat2(path, ".", how)
+	fd, err := unix.Openat2(path, ".", &unix.OpenHow{Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: inside})
 	if err != nil {
 		return err
 	}

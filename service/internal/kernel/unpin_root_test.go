@@ -9,6 +9,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"testing"
 	"time"
 
@@ -17,6 +18,28 @@ import (
 
 	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
 )
+
+// asDaemon does something without the capabilities that have to do with files, which
+// the daemon hasn't got.
+func asDaemon(t *testing.T, what func()) {
+	t.Helper()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var all [2]unix.CapUserData
+	if err := unix.Capget(&header, &all[0]); err != nil {
+		t.Fatal(err)
+	}
+	few := all
+	few[0].Effective &^= 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_DAC_READ_SEARCH | 1<<unix.CAP_FOWNER
+	if err := unix.Capset(&header, &few[0]); err != nil {
+		t.Fatal(err)
+	}
+	what()
+	if err := unix.Capset(&header, &all[0]); err != nil {
+		t.Fatal(err)
+	}
+}
 
 // TestRemovePins has a file system that its users have made hard to empty.
 func TestRemovePins(t *testing.T) {
@@ -77,12 +100,17 @@ func TestRemovePins(t *testing.T) {
 		t.Cleanup(func() { f.Close() })
 		return f
 	}
+	remove := func(ctx context.Context) (err error) {
+		root := open()
+		asDaemon(t, func() { err = RemovePins(ctx, root) })
+		return err
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := RemovePins(ctx, open()); !errors.Is(err, context.Canceled) {
+	if err := remove(ctx); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
-	if err := RemovePins(t.Context(), open()); err != nil {
+	if err := remove(t.Context()); err != nil {
 		t.Error(err)
 	}
 	if left, err := os.ReadDir(dir); err != nil || len(left) != len(kernels) {
@@ -102,7 +130,7 @@ func TestRemovePins(t *testing.T) {
 	mount("tmpfs", hidden)
 	file = filepath.Join(hidden, "file")
 	must(os.WriteFile(file, nil, 0o600))
-	if err := RemovePins(t.Context(), open()); !errors.Is(err, unix.EXDEV) {
+	if err := remove(t.Context()); !errors.Is(err, unix.EXDEV) {
 		t.Errorf("got %v", err)
 	}
 	if _, err := os.Stat(file); err != nil {
