@@ -897,8 +897,8 @@ func allowed(c cell, way int, reach profile.Reach, where string) bool {
 		// There is no such thing as an own one for the guard.
 		return c.Type != typeExt && c.Type != typeStructOps
 	case attachOwn:
-		// PROG_ATTACH shows no cgroup to the guard.
-		return kind == 0
+		// PROG_ATTACH shows no cgroup to the guard, and no netkit device.
+		return kind == 0 && c.Attach != attachNetkit && c.Attach != attachNetkitPeer
 	}
 	return false
 }
