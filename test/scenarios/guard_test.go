@@ -92,8 +92,8 @@ func TestGuardAttach(t *testing.T) {
 	for _, command := range []string{"xdp lo", "tcx lo", "cgroup /sys/fs/cgroup"} {
 		refused(t, "alice", asAlice+"reach "+command, 1, "cannot attach it: ")
 	}
-	denied(t, "link_create beyond what the profile lets programs be attached to", "[Attach]")
-	denied(t, "a link of type 3 beyond what the profile lets programs be attached to", "[Attach]")
+	denied(t, "link_create beyond what the profile lets programs be attached to", "[Attach] Interfaces=")
+	denied(t, "a link of type 3 beyond what the profile lets programs be attached to", "[Attach] Cgroups=")
 	// A raw tracepoint isn't in the profile; where it is, the guard says no.
 	refused(t, "alice", asAlice+"reach tracepoint sys_enter", 1, "operation not permitted")
 	refused(t, "root", "bpfbroker run -p tracing -- reach tracepoint sys_enter", 1, "cannot attach it: ")

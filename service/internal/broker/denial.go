@@ -39,7 +39,7 @@ func denial(e guard.Event) (what, setting string) {
 		}
 		return fmt.Sprintf("a map of type %s, which attaches programs", profile.MapName(e.Detail)), "[Attach] Processes="
 	case guard.Link:
-		return fmt.Sprintf("a link of type %d beyond what the profile lets programs be attached to", e.Detail), "[Attach]"
+		return fmt.Sprintf("a link of type %d beyond what the profile lets programs be attached to", e.Detail), "[Attach] " + linkTarget(e.Detail) + "="
 	case guard.Command:
 		command, kind := e.CommandKind()
 		setting := "[Attach]"
