@@ -4,6 +4,9 @@
 
 package scenarios
 
+// These are about a kernel that refuses the guard, which Debian's don't: what the
+// guard changes is in guard_test.go.
+
 import (
 	"fmt"
 	"strings"
