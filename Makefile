@@ -170,8 +170,8 @@ test-kernels:
 	test/setup make clang e2fsprogs xz-utils qemu-system-x86
 	cd test/kernels && $(GO) test -count=1 -tags kernels -timeout 28m
 
-# All scenarios in an emulated system: "make test" leaves those with containers out
-# there, for the time that they take.
+# All scenarios in an emulated system: "make test" leaves out there those that take
+# long and show nothing new.
 test-systems:
 	test/setup make clang e2fsprogs xz-utils qemu-system-x86
 	$(GO) test -count=1 -tags kernels -timeout 60m ./test/scenarios

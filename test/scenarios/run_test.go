@@ -122,7 +122,8 @@ func TestListAndRevoke(t *testing.T) {
 
 	mounts := fmt.Sprintf("grep -c ' /sys/fs/bpf .* - bpf ' /proc/%d/mountinfo", g.Process)
 	before := must(t, "root", mounts)
-	if r := run(t, "alice", "bpfbroker revoke "+g.ID); r.code != 0 || !strings.Contains(r.err, "did not reach") {
+	const unguarded = kernel == "" // nothing reaches tokens that were created
+	if r := run(t, "alice", "bpfbroker revoke "+g.ID); r.code != 0 || strings.Contains(r.err, "did not reach") != unguarded {
 		t.Errorf("revoke: %+v", r)
 	}
 	if got := must(t, "alice", "bpfbroker list --no-legend"); got != "" {
