@@ -1471,15 +1471,22 @@ static always_inline void *behind(u32 fd)
 // isn't a link at all, the kernel itself refuses.
 static __attribute__((noinline)) int may_update(u32 link_fd, u32 program_fd)
 {
-	struct bpf_link *link = behind(link_fd);
-	struct bpf_prog *prog = behind(program_fd);
-	u64 key = (u64)READ(prog, aux);
-	struct object *o = bpf_map_lookup_elem(&objects, &key);
+	struct bpf_link *link;
+	struct bpf_prog *prog;
+	struct object *o;
 	struct grant *g;
 	bool own;
 	u32 kind;
+	u64 key;
 
-	if (READ(READ(bpf_get_current_task_btf(), files), count.counter) != 1 || !link || !o || !o->namespace)
+	// This comes first: who shares them may swap one, and then share them no more.
+	if (READ(READ(bpf_get_current_task_btf(), files), count.counter) != 1)
+		return 0;
+	link = behind(link_fd);
+	prog = behind(program_fd);
+	key = (u64)READ(prog, aux);
+	o = bpf_map_lookup_elem(&objects, &key);
+	if (!link || !o || !o->namespace)
 		return 0;
 	g = bpf_map_lookup_elem(&grants, &o->grant);
 	if (!g || !live(g) || place_of(link, prog, g, o->namespace, o->owner, &kind, &own) != REACHED)

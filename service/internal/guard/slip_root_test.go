@@ -12,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -29,8 +28,6 @@ import (
 	"github.com/bpfbroker/bpfbroker/service/internal/profile"
 	"github.com/bpfbroker/bpfbroker/service/internal/testtarget"
 )
-
-type crowdResult struct{ Tries, Slips int }
 
 func init() {
 	// crowd THREADS SECONDS OWN OTHER: threads that are run only when nothing else
@@ -70,6 +67,8 @@ func init() {
 	}
 }
 
+type crowdResult struct{ Tries, Slips int }
+
 const (
 	typeCgroupSock   = 9
 	attachSockCreate = 2
@@ -105,9 +104,10 @@ func without(t *testing.T) (g *Guard, events chan Event, take func(names ...stri
 				t.Fatal(err)
 			}
 			testtarget.Eventually(t, "it is detached", func() bool {
-				l, err := link.NewFromID(info.ID)
+				// The link loses its id before it is detached, the program later.
+				p, err := ebpf.NewProgramFromID(info.Program)
 				if err == nil {
-					_ = l.Close()
+					_ = p.Close()
 				}
 				return errors.Is(err, fs.ErrNotExist)
 			})
@@ -303,25 +303,7 @@ func TestSlipInNetwork(t *testing.T) {
 // TestPreempted keeps tasks in the guard's tracing programs, which aren't run for
 // others on the processor then.
 func TestPreempted(t *testing.T) {
-	const mode = "/sys/kernel/debug/sched/preempt"
-	if err := unix.Mount("debugfs", "/sys/kernel/debug", "debugfs", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = unix.Unmount("/sys/kernel/debug", 0) })
-	modes, err := os.ReadFile(mode)
-	if err != nil {
-		t.Fatal(err)
-	}
-	before := modes[slices.Index(modes, '(')+1 : slices.Index(modes, ')')]
-	if err := os.WriteFile(mode, []byte("full"), 0); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := os.WriteFile(mode, before, 0); err != nil {
-			t.Error(err)
-		}
-	})
-
+	preempt(t)
 	g, events, _ := without(t)
 	own, _ := cgroup(t, "crowd", testtarget.Alice)
 	root := openFile(t, "/sys/fs/cgroup")

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -303,13 +304,14 @@ func fieldOffset(t *testing.T, types *btf.Spec, in, field string) int32 {
 	return 0
 }
 
-// preempt has the kernel interrupt itself for the swapping thread, where it
+// preempt has the kernel interrupt itself for threads that come first, where it
 // waits otherwise until a system call ends.
 func preempt(t *testing.T) {
 	t.Helper()
-	if err := unix.Mount("debugfs", "/sys/kernel/debug", "debugfs", 0, ""); err != nil && err != unix.EBUSY {
+	if err := unix.Mount("debugfs", "/sys/kernel/debug", "debugfs", 0, ""); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { _ = unix.Unmount("/sys/kernel/debug", 0) })
 	const path = "/sys/kernel/debug/sched/preempt"
 	modes, err := os.ReadFile(path)
 	if err != nil {
@@ -324,6 +326,113 @@ func preempt(t *testing.T) {
 	}
 	set("full")
 	t.Cleanup(func() { set(before) })
+}
+
+func init() {
+	// swapupdate TRIES OWN OTHER: puts its last program in the place of the own
+	// link's while another process, with which it shares descriptors as long as that
+	// lives, puts the other link there and ends. Answers how often that worked.
+	ops["swapupdate"] = func(args []string, files []*os.File) (string, []*os.File, error) {
+		type answer struct {
+			done int
+			err  error
+		}
+		answers := make(chan answer)
+		go func() {
+			runtime.LockOSThread() // which ends with it
+			done, err := swapUpdate(int(number(args[0])), files[0].Fd(), files[1].Fd())
+			answers <- answer{done, err}
+		}()
+		a := <-answers
+		return strconv.Itoa(a.done), nil, a.err
+	}
+}
+
+// swapUpdate is for a thread of its own.
+func swapUpdate(tries int, own, other uintptr) (done int, err error) {
+	if err := unix.Unshare(unix.CLONE_FILES); err != nil {
+		return 0, err
+	}
+	slot := dup(int(own))
+	attr := struct{ link, program, flags, old uint32 }{link: uint32(slot), program: uint32(last())}
+	if _, err := call(29, unsafe.Pointer(&attr), unsafe.Sizeof(attr)); err != nil {
+		return 0, fmt.Errorf("cannot update what is its own: %w", err)
+	}
+	for i := range tries {
+		if err := unix.Dup3(int(own), slot, unix.O_CLOEXEC); err != nil {
+			return done, err
+		}
+		// The runtime's signals would have handlers there.
+		var all, before [8]byte
+		for i := range all {
+			all[i] = 0xff
+		}
+		_, _, _ = syscall.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&all)), uintptr(unsafe.Pointer(&before)), 8, 0, 0)
+		pid, errno := swapAndEnd(other, uintptr(slot), int64(200_000+i%100*5_000))
+		_, _, _ = syscall.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&before)), 0, 8, 0, 0)
+		if errno != 0 {
+			return done, errno
+		}
+		for ended := false; !ended; {
+			got, _, _ := syscall.RawSyscall6(unix.SYS_WAIT4, pid, 0, unix.WNOHANG|unix.WALL, 0, 0, 0)
+			ended = got == pid
+			// While they share, and of the other, it is refused.
+			for range 10 {
+				if _, _, errno := syscall.RawSyscall(unix.SYS_BPF, 29, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr)); errno == 0 {
+					done++
+				}
+			}
+		}
+	}
+	return done, nil
+}
+
+// swapAndEnd starts a process that, after a time, comes before all others, puts a
+// descriptor in another's place and ends. It is a copy with one thread, and has no
+// runtime.
+//
+//go:nosplit
+//go:norace
+func swapAndEnd(other, slot uintptr, wait int64) (pid uintptr, errno syscall.Errno) {
+	pause := [2]int64{0, wait}
+	priority := int32(1)
+	pid, _, errno = syscall.RawSyscall6(unix.SYS_CLONE, unix.CLONE_FILES, 0, 0, 0, 0, 0)
+	if pid != 0 || errno != 0 {
+		return pid, errno
+	}
+	_, _, _ = syscall.RawSyscall(unix.SYS_SCHED_SETSCHEDULER, 0, unix.SCHED_FIFO, uintptr(unsafe.Pointer(&priority)))
+	_, _, _ = syscall.RawSyscall(unix.SYS_NANOSLEEP, uintptr(unsafe.Pointer(&pause)), 0, 0)
+	_, _, _ = syscall.RawSyscall(unix.SYS_DUP3, other, slot, unix.O_CLOEXEC)
+	for {
+		_, _, _ = syscall.RawSyscall(unix.SYS_EXIT_GROUP, 0, 0, 0)
+	}
+}
+
+// TestSwapUpdate swaps a link while LINK_UPDATE looks at it, by who shares the
+// descriptors until then and not any more afterwards.
+func TestSwapUpdate(t *testing.T) {
+	g := open(t)
+	preempt(t)
+	own, _ := cgroup(t, "update", testtarget.Alice)
+	root := openFile(t, "/sys/fs/cgroup")
+	target := testtarget.New(t, testtarget.Alice)
+	if err := unix.Prlimit(target.PID, unix.RLIMIT_RTPRIO, &unix.Rlimit{Cur: 1, Max: 1}, nil); err != nil {
+		t.Fatal(err)
+	}
+	grant(t, g, target, confinedTo(profile.ReachOwn))
+	expect(t, target, 0, "load", loading(simple[typeCgroupSKB]))
+	links := []*os.File{keep(t, simple[typeCgroupSKB], own), keep(t, simple[typeCgroupSKB], root)}
+	before := linkedProgram(t, links[1])
+	tries, start := times(300, 10_000), time.Now()
+	out, _, err := target.Do("swapupdate", []string{strconv.Itoa(tries)}, links...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Printf("attack: swap of a link in an update, by who shares the descriptors until then: %d tries in %.1f s, %s updated\n", tries, time.Since(start).Seconds(), out)
+	if after := linkedProgram(t, links[1]); out != "0" || after != before {
+		t.Errorf("it has replaced the program of a link that isn't its own %s times: program %d is %d now", out, before, after)
+	}
+	expect(t, target, 0, "dropall", nil)
 }
 
 // TestSwap swaps a descriptor between the moments when the kernel has read its
@@ -455,8 +564,22 @@ func TestSwap(t *testing.T) {
 	}
 }
 
+// linkedProgram is the number of a link's program.
+func linkedProgram(t *testing.T, link *os.File) uint32 {
+	t.Helper()
+	var info [16]uint64
+	ask := struct {
+		link, size uint32
+		info       unsafe.Pointer
+	}{uint32(link.Fd()), uint32(unsafe.Sizeof(info)), unsafe.Pointer(&info)}
+	if _, err := call(15, unsafe.Pointer(&ask), unsafe.Sizeof(ask)); err != nil {
+		t.Fatal(err)
+	}
+	return uint32(info[1]) // after its type and number
+}
+
 // keep attaches a program to something until the test ends.
-func keep(t *testing.T, p program, target *os.File) {
+func keep(t *testing.T, p program, target *os.File) (link *os.File) {
 	t.Helper()
 	fd, err := load(p)
 	if err != nil {
@@ -467,5 +590,7 @@ func keep(t *testing.T, p program, target *os.File) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = unix.Close(l) })
+	link = os.NewFile(uintptr(l), "link")
+	t.Cleanup(func() { link.Close() })
+	return link
 }
