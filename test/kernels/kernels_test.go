@@ -24,7 +24,7 @@ import (
 )
 
 // What a suite's tests, and those of a whole system, have on a slow machine that does other things, too. They take a tenth
-// of the first, and a third of the second.
+// of the first, and half of the second.
 const (
 	suiteTime  = 8 * time.Minute
 	systemTime = 20 * time.Minute
