@@ -423,7 +423,7 @@ func TestSwapUpdate(t *testing.T) {
 	expect(t, target, 0, "load", loading(simple[typeCgroupSKB]))
 	links := []*os.File{keep(t, simple[typeCgroupSKB], own), keep(t, simple[typeCgroupSKB], root)}
 	before := linkedProgram(t, links[1])
-	tries, start := times(300, 10_000), time.Now()
+	tries, start := times(150, 10_000), time.Now()
 	out, _, err := target.Do("swapupdate", []string{strconv.Itoa(tries)}, links...)
 	if err != nil {
 		t.Fatal(err)
