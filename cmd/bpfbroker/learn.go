@@ -57,7 +57,7 @@ func (a *app) learn(ctx context.Context, profile, output string, root bool, args
 	}
 	signals := watchSignals(ctx)
 	lessons := make(chan lesson, 1)
-	command, err := a.start(signals, func(c *client.Client) *client.Command {
+	command, err := a.start(signals.ctx, func(c *client.Client) *client.Command {
 		command := c.Command(profile, path)
 		command.Args, command.Root = args, root
 		command.Granted = func(g *client.Grant) error { return a.listen(ctx, g.ID, lessons) }

@@ -56,7 +56,7 @@ func (a *app) run(ctx context.Context, profile string, root bool, args []string)
 		// and doesn't say whether it was ignored.
 		signal.Ignore(syscall.SIGPIPE)
 	}
-	command, err := a.start(signals, func(c *client.Client) *client.Command {
+	command, err := a.start(signals.ctx, func(c *client.Client) *client.Command {
 		command := c.Command(profile, path)
 		command.Args, command.Root = args, root
 		command.Heir, command.Sibling = true, managed
@@ -103,20 +103,19 @@ func finish(signals *signalWatch, command *client.Command, name string) error {
 }
 
 // start starts the command that make makes.
-func (a *app) start(signals *signalWatch, make func(*client.Client) *client.Command) (command *client.Command, err error) {
-	err = a.ask(signals.ctx, func(c *client.Client, endAgent func()) error {
+func (a *app) start(ctx context.Context, make func(*client.Client) *client.Command) (command *client.Command, err error) {
+	err = a.ask(ctx, func(c *client.Client, endAgent func()) error {
 		command = make(c)
 		// The terminal is the command's alone.
 		granted := command.Granted
 		command.Granted = func(g *client.Grant) error {
 			endAgent()
-			<-signals.taken
 			if granted == nil {
 				return nil
 			}
 			return granted(g)
 		}
-		return command.Start(signals.ctx)
+		return command.Start(ctx)
 	})
 	return command, err
 }

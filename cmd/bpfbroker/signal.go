@@ -30,22 +30,11 @@ type signalWatch struct {
 	// ctx ends when a signal comes that would end bpfbroker.
 	ctx     context.Context
 	command chan *client.Command
-	// taken is closed once the signals are taken. Until then they do to bpfbroker
-	// what they do to every process.
-	taken chan struct{}
 }
 
 func watchSignals(ctx context.Context) *signalWatch {
 	ctx, cancel := context.WithCancelCause(ctx)
-	w := &signalWatch{ctx: ctx, command: make(chan *client.Command), taken: make(chan struct{})}
-	go w.watch(cancel)
-	return w
-}
-
-// forwardTo has the command get the signals from now on.
-func (w *signalWatch) forwardTo(command *client.Command) { w.command <- command }
-
-func (w *signalWatch) watch(cancel context.CancelCauseFunc) {
+	w := &signalWatch{ctx: ctx, command: make(chan *client.Command)}
 	received := make(chan os.Signal, 16)
 	for _, s := range signals {
 		// What nohup made bpfbroker ignore, the command ignores too.
@@ -53,7 +42,14 @@ func (w *signalWatch) watch(cancel context.CancelCauseFunc) {
 			signal.Notify(received, s)
 		}
 	}
-	close(w.taken)
+	go w.watch(received, cancel)
+	return w
+}
+
+// forwardTo has the command get the signals from now on.
+func (w *signalWatch) forwardTo(command *client.Command) { w.command <- command }
+
+func (w *signalWatch) watch(received <-chan os.Signal, cancel context.CancelCauseFunc) {
 	var command *client.Command
 	var early []os.Signal
 	for {
