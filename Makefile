@@ -170,8 +170,7 @@ test-kernels:
 	test/setup make clang e2fsprogs xz-utils qemu-system-x86
 	cd test/kernels && $(GO) test -count=1 -tags kernels -timeout 28m
 
-# All scenarios in an emulated system: "make test" leaves out there those that take
-# long and show nothing new.
+# All scenarios in an emulated system, of which "make test" has time for a share.
 test-systems:
 	test/setup make clang e2fsprogs xz-utils qemu-system-x86
 	$(GO) test -count=1 -tags kernels -timeout 60m ./test/scenarios

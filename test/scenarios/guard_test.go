@@ -286,6 +286,7 @@ func TestGuardUnloaded(t *testing.T) {
 	refused(t, "alice", asAlice+"true", 1, "restart bpfbroker.socket")
 	must(t, "root", "systemctl restart bpfbroker.socket")
 	must(t, "alice", asAlice+"true")
+	must(t, "root", "systemctl restart bpfbroker.service") // who attaches the programs holds them, too
 }
 
 // The example for a group, by what its members get.
