@@ -26,8 +26,9 @@ const Socket = "/run/bpfbroker/org.bpfbroker.Broker"
 
 const brokerInterface = "org.bpfbroker.Broker."
 
-// replyLimits bound a reply: 2048 grants fit, and a packet socket with its memory. There is no limit on time, since
-// somebody may be looking for a password; the caller's context is for that.
+// replyLimits bound a reply: 2048 grants fit, and a packet socket with its memory.
+// There is no limit on time, since somebody may be looking for a password; the
+// caller's context is for that.
 var replyLimits = wire.Limits{Bytes: 16 << 20, Files: 2}
 
 // ErrUnreachable means that nobody listens on the broker's socket, or that the

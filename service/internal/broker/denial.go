@@ -54,7 +54,7 @@ func denial(e guard.Event) (what, setting string) {
 	case guard.Slip:
 		return "a program was attached beyond what the profile lets it; its process was killed, and it is detached", "[Attach]"
 	case guard.SlippedLink:
-		return fmt.Sprintf("link %d was attached beyond what the profile lets it; it is detached, or its holders are killed", e.Detail), "[Attach]"
+		return fmt.Sprintf("link %d was attached beyond what the profile lets it; it is detached, or the user's processes that hold it are killed", e.Detail), "[Attach]"
 	}
 	return e.Reason.String(), ""
 }

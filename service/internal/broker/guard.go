@@ -346,8 +346,8 @@ func (b *Broker) undoSlips(ctx context.Context) {
 }
 
 // undoSlip detaches what an event is about. If it is a link that can't be
-// detached, its holders end: that the guard killed the process doesn't end those
-// who share its descriptors.
+// detached, those of its holders end that are the grant's user's: that the guard
+// killed the process doesn't end those who share its descriptors.
 func undoSlip(ctx context.Context, e guard.Event) error {
 	ctx, stop := context.WithTimeout(ctx, detachTime)
 	defer stop()
